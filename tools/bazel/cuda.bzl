@@ -1,0 +1,101 @@
+"""cuda_library: .cu files compiled by nvcc for Hopper, as a library that C++ targets depend on."""
+
+load("@bazel_tools//tools/cpp:toolchain_utils.bzl", "find_cpp_toolchain")
+load("@local_cuda//:toolkit.bzl", "NVCC", "NVCC_VERSION")
+
+# For target_compatible_with: without a toolkit the target is skipped, and so is what depends on it.
+REQUIRES_CUDA = select({
+    "@local_cuda//:is_present": [],
+    "//conditions:default": ["@nsa//tools/bazel:cuda_toolkit"],
+})
+
+_NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-lineinfo",  # for ncu and compute-sanitizer; costs no speed
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-Werror=all-warnings",
+    "-Xcompiler=-fPIC,-Wall,-Wextra,-ffp-contract=off",
+]
+
+def _cuda_library_impl(ctx):
+    cc_toolchain = find_cpp_toolchain(ctx)
+    features = cc_common.configure_features(ctx = ctx, cc_toolchain = cc_toolchain)
+    deps = cc_common.merge_cc_infos(cc_infos = [d[CcInfo] for d in ctx.attr.deps])
+    seen = deps.compilation_context
+
+    objects = []
+    for src in ctx.files.srcs:
+        if src.extension != "cu":
+            continue
+        obj = ctx.actions.declare_file("_objs/%s/%s.pic.o" % (ctx.label.name, src.basename))
+        args = ctx.actions.args()
+        args.add_all(_NVCC_FLAGS)
+        args.add(cc_toolchain.compiler_executable, format = "-ccbin=%s")
+        args.add_all(seen.defines, format_each = "-D%s")
+        args.add_all(depset([".", ctx.bin_dir.path, ctx.genfiles_dir.path], transitive = [seen.quote_includes]), format_each = "-I%s", uniquify = True)
+        args.add_all(depset(transitive = [seen.includes, seen.system_includes]), before_each = "-isystem")
+        args.add_all(ctx.attr.copts)
+        args.add_all(["-c", src, "-o", obj])
+        ctx.actions.run(
+            executable = NVCC,
+            arguments = [args],
+            inputs = depset(ctx.files.srcs + ctx.files.hdrs, transitive = [seen.headers]),
+            outputs = [obj],
+            env = {"PATH": "/usr/bin:/bin", "NVCC_VERSION": NVCC_VERSION},
+            mnemonic = "CudaCompile",
+            progress_message = "Compiling %s" % src.short_path,
+        )
+        objects.append(obj)
+
+    context, _ = cc_common.create_linking_context_from_compilation_outputs(
+        actions = ctx.actions,
+        name = ctx.label.name,
+        feature_configuration = features,
+        cc_toolchain = cc_toolchain,
+        compilation_outputs = cc_common.create_compilation_outputs(
+            objects = depset(objects),
+            pic_objects = depset(objects),
+        ),
+        linking_contexts = [deps.linking_context],
+        disallow_dynamic_library = True,
+    )
+    own = cc_common.create_compilation_context(headers = depset(ctx.files.hdrs))
+    return [
+        DefaultInfo(files = depset(objects)),
+        cc_common.merge_cc_infos(cc_infos = [CcInfo(compilation_context = own, linking_context = context)] + [CcInfo(compilation_context = seen)]),
+    ]
+
+_cuda_library = rule(
+    implementation = _cuda_library_impl,
+    attrs = {
+        "srcs": attr.label_list(allow_files = [".cu", ".cuh", ".h"]),
+        "hdrs": attr.label_list(allow_files = [".cuh", ".h"]),
+        "deps": attr.label_list(providers = [CcInfo]),
+        "copts": attr.string_list(),
+        "_cc_toolchain": attr.label(default = "@bazel_tools//tools/cpp:current_cc_toolchain"),
+    },
+    fragments = ["cpp"],
+    toolchains = ["@bazel_tools//tools/cpp:toolchain_type"],
+)
+
+def cuda_library(name, srcs, hdrs = [], deps = [], copts = [], **kwargs):
+    """Compiles `srcs` for the GPU.
+
+    Args:
+      name: of the target; depend on it from cc_library, cc_test or another cuda_library.
+      srcs: .cu files, and headers that only they include.
+      hdrs: headers for those who depend on this.
+      deps: C++ and CUDA libraries. The CUDA runtime, linked statically, is always one.
+      copts: further flags for nvcc, e.g. ["-Xptxas=-v", "--maxrregcount=128"].
+      **kwargs: visibility, tags, testonly.
+    """
+    _cuda_library(
+        name = name,
+        srcs = srcs,
+        hdrs = hdrs,
+        deps = deps + ["@local_cuda//:cudart"],
+        copts = copts,
+        target_compatible_with = REQUIRES_CUDA,
+        **kwargs
+    )

@@ -1,0 +1,103 @@
+"""@local_cuda: the CUDA toolkit under $CUDA_HOME, $CUDA_PATH or /usr/local/cuda, or none.
+
+Without a toolkit the repository still exists, with `:present` false: CUDA targets are then skipped.
+`--@local_cuda//:present=false` on the command line skips them with a toolkit, too.
+"""
+
+_BUILD = """\
+load("@bazel_skylib//rules:common_settings.bzl", "bool_flag")
+load("@rules_cc//cc:defs.bzl", "cc_library")
+
+package(default_visibility = ["//visibility:public"])
+
+bool_flag(name = "present", build_setting_default = {present})
+
+config_setting(name = "is_present", flag_values = {{":present": "True"}})
+
+# What host code sees. nvcc finds its own headers, so CCCL's thousands of files stay out.
+cc_library(
+    name = "headers",
+    hdrs = glob(
+        ["include/*.h", "include/*.hpp", "include/crt/**", "include/nvtx3/**"],
+        exclude = ["include/nccl*"],
+        allow_empty = True,
+    ),
+    includes = ["include"],
+)
+
+cc_library(
+    name = "cudart",
+    linkopts = {cudart_linkopts},
+    deps = [":headers"],
+)
+"""
+
+_NCCL_BUILD = """\
+load("@rules_cc//cc:defs.bzl", "cc_library")
+
+package(default_visibility = ["//visibility:public"])
+
+# nccl.h, and the device API for .cu files.
+cc_library(
+    name = "headers",
+    hdrs = glob(["include/nccl*.h", "include/nccl_device/**"], allow_empty = True),
+    includes = ["include"],
+    target_compatible_with = {compatible},
+    deps = ["@local_cuda//:headers"],
+)
+
+# Shared: the NCCL that runs is the host's, found by the loader.
+cc_library(
+    name = "nccl",
+    linkopts = {linkopts},
+    target_compatible_with = {compatible},
+    deps = [":headers"],
+)
+"""
+
+def find_toolkit(ctx):
+    """The toolkit's folder, or None."""
+    for place in [ctx.os.environ.get("CUDA_HOME"), ctx.os.environ.get("CUDA_PATH"), "/usr/local/cuda"]:
+        if place and ctx.path(place + "/bin/nvcc").exists:
+            return place
+    return None
+
+def _cuda_repository_impl(ctx):
+    toolkit = find_toolkit(ctx)
+    version = ""
+    cudart_linkopts = []
+    if toolkit:
+        # Part of every nvcc action's key, so that another toolkit does not hit an old cache.
+        version = ctx.execute([toolkit + "/bin/nvcc", "--version"]).stdout.strip().split("\n")[-1]
+        cudart_linkopts = ["-L%s/lib64" % toolkit, "-l:libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
+        ctx.symlink(toolkit + "/include", "include")
+    ctx.file("toolkit.bzl", "NVCC = %r\nNVCC_VERSION = %r\n" % (
+        toolkit + "/bin/nvcc" if toolkit else "",
+        version,
+    ))
+    ctx.file("BUILD.bazel", _BUILD.format(present = bool(toolkit), cudart_linkopts = cudart_linkopts))
+
+cuda_repository = repository_rule(
+    implementation = _cuda_repository_impl,
+    configure = True,
+    local = True,
+    environ = ["CUDA_HOME", "CUDA_PATH"],
+)
+
+def _nccl_repository_impl(ctx):
+    compatible = ["@nsa//tools/bazel:nccl"]  # no platform has it: whoever needs NCCL is skipped
+    linkopts = []
+    for place in [ctx.os.environ.get("NCCL_HOME"), find_toolkit(ctx), "/usr"]:
+        if place and ctx.path(place + "/include/nccl.h").exists:
+            compatible = []
+            ctx.symlink(place + "/include", "include")
+            linkopts = ["-L%s/lib64" % place, "-L%s/lib" % place, "-lnccl"]
+            break
+    ctx.file("BUILD.bazel", _NCCL_BUILD.format(compatible = compatible, linkopts = linkopts))
+
+nccl_repository = repository_rule(
+    implementation = _nccl_repository_impl,
+    configure = True,
+    local = True,
+    environ = ["CUDA_HOME", "CUDA_PATH", "NCCL_HOME"],
+)
