@@ -56,6 +56,7 @@ def _absl_files():
 cc_library(
     name = "absl",
     linkopts = %r,
+    deps = ["@nsa//tools/sanitizers:runtime"],
 )
 """ % (["-Wl,--start-group"] + ["-l:libabsl_%s.a" % a for a in _ABSL_ARCHIVES] + ["-Wl,--end-group", "-lpthread"])}
     for package, names in _ABSL_LABELS.items():
