@@ -5,9 +5,10 @@ load("@rules_cc//cc:defs.bzl", "cc_test")
 def cc_fuzz_test(name, srcs, deps = [], corpus = None, tags = [], **kwargs):
     """A test of `LLVMFuzzerTestOneInput`.
 
-    `bazel test` replays the corpus and a fixed sequence of random inputs. With libFuzzer, briefly:
-    `bazel test --config=fuzz //tests/fuzz:x`; for long, keeping what it finds in the source tree:
-    `bazel run --config=fuzz //tests/fuzz:x -- -runs=-1 -max_total_time=600 $PWD/tests/fuzz/x_corpus`
+    `bazel test` replays the corpus and a fixed sequence of random inputs; with --config=fuzz,
+    libFuzzer runs briefly instead. To fuzz for long, keeping what it finds in the source tree:
+      bazel build --config=fuzz //tests/fuzz:x
+      bazel-bin/tests/fuzz/x -max_total_time=600 tests/fuzz/x_corpus
 
     Args:
       name: of the test.
