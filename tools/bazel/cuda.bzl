@@ -21,34 +21,46 @@ _NVCC_FLAGS = [
 def _cuda_library_impl(ctx):
     cc_toolchain = find_cpp_toolchain(ctx)
     features = cc_common.configure_features(ctx = ctx, cc_toolchain = cc_toolchain)
-    deps = cc_common.merge_cc_infos(cc_infos = [d[CcInfo] for d in ctx.attr.deps])
+
+    # Includes are from the root of this repository, which is not the current folder when another
+    # workspace uses it.
+    root = ctx.label.workspace_root
+    roots = [root or ".", ctx.bin_dir.path + "/" + root, ctx.genfiles_dir.path + "/" + root]
+    own = cc_common.create_compilation_context(
+        headers = depset(ctx.files.hdrs),
+        quote_includes = depset(roots),
+    )
+    deps = cc_common.merge_cc_infos(
+        direct_cc_infos = [CcInfo(compilation_context = own)],
+        cc_infos = [dep[CcInfo] for dep in ctx.attr.deps],
+    )
     seen = deps.compilation_context
 
     objects = []
-    for src in ctx.files.srcs:
-        if src.extension != "cu":
-            continue
+    for src in [f for f in ctx.files.srcs if f.extension == "cu"]:
         obj = ctx.actions.declare_file("_objs/%s/%s.pic.o" % (ctx.label.name, src.basename))
         args = ctx.actions.args()
         args.add_all(_NVCC_FLAGS)
         args.add(cc_toolchain.compiler_executable, format = "-ccbin=%s")
         args.add_all(seen.defines, format_each = "-D%s")
-        args.add_all(depset([".", ctx.bin_dir.path, ctx.genfiles_dir.path], transitive = [seen.quote_includes]), format_each = "-I%s", uniquify = True)
-        args.add_all(depset(transitive = [seen.includes, seen.system_includes]), before_each = "-isystem")
+        args.add_all(seen.quote_includes, format_each = "-I%s", uniquify = True)
+        args.add_all(seen.includes, before_each = "-isystem")
+        args.add_all(seen.system_includes, before_each = "-isystem")
         args.add_all(ctx.attr.copts)
         args.add_all(["-c", src, "-o", obj])
         ctx.actions.run(
             executable = NVCC,
             arguments = [args],
-            inputs = depset(ctx.files.srcs + ctx.files.hdrs, transitive = [seen.headers]),
+            inputs = depset(ctx.files.srcs, transitive = [seen.headers]),
             outputs = [obj],
+            # NVCC_VERSION is here for the action's key: a new toolkit does not hit an old cache.
             env = {"PATH": "/usr/bin:/bin", "NVCC_VERSION": NVCC_VERSION},
             mnemonic = "CudaCompile",
             progress_message = "Compiling %s" % src.short_path,
         )
         objects.append(obj)
 
-    context, _ = cc_common.create_linking_context_from_compilation_outputs(
+    linking_context, _ = cc_common.create_linking_context_from_compilation_outputs(
         actions = ctx.actions,
         name = ctx.label.name,
         feature_configuration = features,
@@ -60,10 +72,9 @@ def _cuda_library_impl(ctx):
         linking_contexts = [deps.linking_context],
         disallow_dynamic_library = True,
     )
-    own = cc_common.create_compilation_context(headers = depset(ctx.files.hdrs))
     return [
         DefaultInfo(files = depset(objects)),
-        cc_common.merge_cc_infos(cc_infos = [CcInfo(compilation_context = own, linking_context = context)] + [CcInfo(compilation_context = seen)]),
+        CcInfo(compilation_context = seen, linking_context = linking_context),
     ]
 
 _cuda_library = rule(

@@ -67,7 +67,6 @@ def _cuda_repository_impl(ctx):
     version = ""
     cudart_linkopts = []
     if toolkit:
-        # Part of every nvcc action's key, so that another toolkit does not hit an old cache.
         version = ctx.execute([toolkit + "/bin/nvcc", "--version"]).stdout.strip().split("\n")[-1]
         cudart_linkopts = ["-L%s/lib64" % toolkit, "-l:libcudart_static.a", "-ldl", "-lrt", "-lpthread"]
         ctx.symlink(toolkit + "/include", "include")
