@@ -1,5 +1,5 @@
-// main() of a fuzz target where libFuzzer is not linked: runs every input of the corpus, and a fixed
-// sequence of random ones, so that `bazel test //...` keeps what fuzzing once found.
+// main() of a fuzz target where libFuzzer is not linked: runs every input of the corpus, and a
+// fixed sequence of random ones, so that `bazel test //...` keeps what fuzzing once found.
 // Arguments: files and folders of inputs; flags are libFuzzer's and ignored.
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // Tells ThreadSanitizer what Abseil's synchronization orders.
 //
-// Debian's Abseil is compiled without the sanitizer, so the order that a Mutex makes between threads
-// would be invisible and every use of one reported as a race. The linker (--wrap) sends each call
-// through here: what makes an order releases or acquires the object's address.
+// Debian's Abseil is compiled without the sanitizer, so the order that a Mutex makes between
+// threads would be invisible and every use of one reported as a race. The linker (--wrap) sends
+// each call through here: what makes an order releases or acquires the object's address.
 
 #include "absl/synchronization/barrier.h"
 #include "absl/synchronization/blocking_counter.h"
@@ -20,8 +20,8 @@ void AnnotateIgnoreReadsEnd(const char* file, int line);
 namespace {
 
 // Lives around a call: releases what the call gives up and acquires what it has got. A try that
-// fails acquires too, which can only hide a race. Reads in between are not watched: Abseil evaluates
-// a waiter's Condition in whichever thread unlocks.
+// fails acquires too, which can only hide a race. Reads in between are not watched: Abseil
+// evaluates a waiter's Condition in whichever thread unlocks.
 class Order {
  public:
   Order(const void* release, const void* acquire) : acquire_(const_cast<void*>(acquire)) {
