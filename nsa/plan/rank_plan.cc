@@ -1,0 +1,252 @@
+#include "nsa/plan/rank_plan.h"
+
+#include <algorithm>
+
+namespace nsa {
+namespace {
+
+// Global tokens [begin, end).
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls visit(document, begin, end) for the parts of global tokens [begin, end) by document.
+template <typename Visit>
+void ForEachDocument(const BlockMap& blocks, int64_t begin, int64_t end, Visit visit) {
+  if (begin >= end) return;
+  for (int32_t doc = blocks.DocumentOf(begin); begin < end; ++doc) {
+    const kernels::Document& document = blocks.documents[doc];
+    const int64_t stop = std::min(end, document.token_begin + document.num_tokens);
+    visit(doc, begin, stop);
+    begin = stop;
+  }
+}
+
+// The blocks, one every `stride` tokens and `num_blocks(document)` of them, that begin in the
+// chunks.
+template <typename NumBlocks>
+std::vector<kernels::BlockRun> RunsThatBeginIn(const std::vector<Chunk>& chunks,
+                                               const BlockMap& blocks, int64_t stride,
+                                               NumBlocks num_blocks) {
+  std::vector<kernels::BlockRun> runs;
+  for (const Chunk& chunk : chunks) {
+    ForEachDocument(blocks, chunk.begin, chunk.end(), [&](int32_t doc, int64_t begin, int64_t end) {
+      const kernels::Document& document = blocks.documents[doc];
+      const int64_t first = CeilDiv(begin - document.token_begin, stride);
+      const int64_t last =
+          std::min(CeilDiv(end - document.token_begin, stride), num_blocks(document));
+      if (first < last) {
+        runs.push_back({.document = doc, .first_block = first, .num_blocks = last - first});
+      }
+    });
+  }
+  return runs;
+}
+
+std::vector<kernels::BlockRun> OwnSelectRuns(const NsaConfig& config, const ShardPlan& plan,
+                                             const BlockMap& blocks, int rank) {
+  return RunsThatBeginIn(plan.ChunksOfRank(rank), blocks, config.select_block_tokens,
+                         [](const kernels::Document& d) { return d.num_slc_blocks; });
+}
+
+// Tokens that the branches read for what `rank` owns or queries, sorted, disjoint, own ones
+// included.
+std::vector<Range> NeededTokens(const NsaConfig& config, const ShardPlan& plan,
+                                const BlockMap& blocks, int rank, int branches) {
+  std::vector<Range> ranges;
+  auto add_blocks = [&](const std::vector<kernels::BlockRun>& runs, int64_t stride,
+                        int64_t block_tokens) {
+    for (const kernels::BlockRun& run : runs) {
+      const kernels::Document& document = blocks.documents[run.document];
+      const int64_t last = (run.first_block + run.num_blocks - 1) * stride + block_tokens;
+      ranges.push_back({document.token_begin + run.first_block * stride,
+                        document.token_begin + std::min(last, document.num_tokens)});
+    }
+  };
+  if (branches & kCmpBit) {
+    add_blocks(OwnCompressionRuns(config, plan, blocks, rank), config.compress_stride_tokens,
+               config.compress_block_tokens);
+  }
+  if (branches & kSlcBit) {
+    add_blocks(OwnSelectRuns(config, plan, blocks, rank), config.select_block_tokens,
+               config.select_block_tokens);
+  }
+  if (branches & kWinBit) {
+    for (const Chunk& chunk : plan.ChunksOfRank(rank)) {
+      ForEachDocument(
+          blocks, chunk.begin, chunk.end(), [&](int32_t doc, int64_t begin, int64_t end) {
+            const int64_t first =
+                std::max(blocks.documents[doc].token_begin, begin - (config.window_tokens - 1));
+            ranges.push_back({first, end});
+          });
+    }
+  }
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  std::vector<Range> merged;
+  for (const Range& range : ranges) {
+    if (!merged.empty() && range.begin <= merged.back().end) {
+      merged.back().end = std::max(merged.back().end, range.end);
+    } else {
+      merged.push_back(range);
+    }
+  }
+  return merged;
+}
+
+}  // namespace
+
+int32_t BlockMap::DocumentOf(int64_t token) const {
+  const auto after =
+      std::upper_bound(documents.begin(), documents.end(), token,
+                       [](int64_t t, const kernels::Document& d) { return t < d.token_begin; });
+  return static_cast<int32_t>(after - documents.begin()) - 1;
+}
+
+BlockMap MakeBlockMap(const NsaConfig& config, const ShardPlan& plan) {
+  BlockMap blocks;
+  const std::vector<int64_t>& cu_seqlens = plan.cu_seqlens();
+  for (size_t i = 0; i + 1 < cu_seqlens.size(); ++i) {
+    const int64_t length = cu_seqlens[i + 1] - cu_seqlens[i];
+    const kernels::Document document = {.token_begin = cu_seqlens[i],
+                                        .num_tokens = length,
+                                        .cmp_block_begin = blocks.num_cmp_blocks,
+                                        .num_cmp_blocks = NumCompressionBlocks(config, length),
+                                        .slc_block_begin = blocks.num_slc_blocks,
+                                        .num_slc_blocks = NumSelectBlocks(config, length)};
+    blocks.num_cmp_blocks += document.num_cmp_blocks;
+    blocks.num_slc_blocks += document.num_slc_blocks;
+    blocks.documents.push_back(document);
+  }
+  blocks.slc_owner.resize(blocks.num_slc_blocks);
+  blocks.slc_ordinal.resize(blocks.num_slc_blocks);
+  for (int rank = 0; rank < plan.num_ranks(); ++rank) {
+    int32_t ordinal = 0;
+    for (const kernels::BlockRun& run : OwnSelectRuns(config, plan, blocks, rank)) {
+      const int64_t begin = blocks.documents[run.document].slc_block_begin + run.first_block;
+      for (int64_t block = begin; block < begin + run.num_blocks; ++block) {
+        blocks.slc_owner[block] = rank;
+        blocks.slc_ordinal[block] = ordinal++;
+      }
+    }
+    blocks.slc_blocks_of_rank.push_back(ordinal);
+  }
+  return blocks;
+}
+
+std::vector<kernels::BlockRun> OwnCompressionRuns(const NsaConfig& config, const ShardPlan& plan,
+                                                  const BlockMap& blocks, int rank) {
+  return RunsThatBeginIn(plan.ChunksOfRank(rank), blocks, config.compress_stride_tokens,
+                         [](const kernels::Document& d) { return d.num_cmp_blocks; });
+}
+
+std::vector<HaloPiece> HaloOf(const NsaConfig& config, const ShardPlan& plan,
+                              const BlockMap& blocks, int rank, int branches) {
+  std::vector<HaloPiece> pieces;
+  int64_t halo_row = 0;
+  const std::vector<Chunk>& chunks = plan.chunks();
+  for (const Range& range : NeededTokens(config, plan, blocks, rank, branches)) {
+    auto chunk = std::upper_bound(chunks.begin(), chunks.end(), range.begin,
+                                  [](int64_t t, const Chunk& c) { return t < c.begin; }) -
+                 1;
+    for (; chunk != chunks.end() && chunk->begin < range.end; ++chunk) {
+      if (chunk->rank == rank) continue;
+      const int64_t begin = std::max(range.begin, chunk->begin);
+      const int64_t num_tokens = std::min(range.end, chunk->end()) - begin;
+      pieces.push_back({.owner = chunk->rank,
+                        .token_begin = begin,
+                        .num_tokens = num_tokens,
+                        .halo_row = halo_row});
+      halo_row += num_tokens;
+    }
+  }
+  return pieces;
+}
+
+namespace {
+
+BranchKv MakeBranchKv(const NsaConfig& config, const ShardPlan& plan, const BlockMap& blocks,
+                      int rank, int branches) {
+  BranchKv kv;
+  for (int peer = 0; peer < plan.num_ranks(); ++peer) {
+    std::vector<HaloPiece> pieces = HaloOf(config, plan, blocks, peer, branches);
+    if (peer == rank) {
+      kv.receives = std::move(pieces);
+      continue;
+    }
+    for (const HaloPiece& piece : pieces) {
+      if (piece.owner != rank) continue;
+      kv.sends.push_back({.peer = peer,
+                          .row = plan.Locate(piece.token_begin).local,
+                          .num_tokens = piece.num_tokens});
+      kv.send_rows += piece.num_tokens;
+    }
+  }
+
+  struct Run {
+    Range range;
+    int64_t row;
+    int32_t is_halo;
+  };
+  std::vector<Run> runs;
+  int64_t row = 0;
+  for (const Chunk& chunk : plan.ChunksOfRank(rank)) {
+    runs.push_back({{chunk.begin, chunk.end()}, row, 0});
+    row += chunk.num_tokens;
+  }
+  for (const HaloPiece& piece : kv.receives) {
+    runs.push_back({{piece.token_begin, piece.token_begin + piece.num_tokens}, piece.halo_row, 1});
+    kv.halo_rows += piece.num_tokens;
+  }
+  std::sort(runs.begin(), runs.end(),
+            [](const Run& a, const Run& b) { return a.range.begin < b.range.begin; });
+  for (const Run& run : runs) {
+    ForEachDocument(blocks, run.range.begin, run.range.end,
+                    [&](int32_t doc, int64_t begin, int64_t end) {
+                      kv.segments.push_back({.row = run.row + begin - run.range.begin,
+                                             .num_tokens = end - begin,
+                                             .position = begin - blocks.documents[doc].token_begin,
+                                             .document = doc,
+                                             .is_halo = run.is_halo});
+                    });
+  }
+  return kv;
+}
+
+// Select blocks of other ranks that begin no later than the rank's last query of their document.
+int64_t CountRemoteVisible(const RankPlan& rank_plan, const NsaConfig& config) {
+  const std::vector<kernels::Segment>& segments = rank_plan.query_segments;
+  int64_t visible = 0;
+  for (size_t i = 0; i < segments.size(); ++i) {
+    if (i + 1 < segments.size() && segments[i + 1].document == segments[i].document) continue;
+    const int64_t last_position = segments[i].position + segments[i].num_tokens - 1;
+    visible += last_position / config.select_block_tokens + 1;
+  }
+  // A rank sees all of its own blocks, since it holds their first tokens.
+  return visible - rank_plan.num_own_slc_blocks;
+}
+
+}  // namespace
+
+RankPlan MakeRankPlan(const NsaConfig& config, const ShardPlan& plan, const BlockMap& blocks,
+                      int rank) {
+  RankPlan result;
+  result.rank = rank;
+  result.num_tokens = plan.TokensOfRank(rank);
+  result.cmp_runs = OwnCompressionRuns(config, plan, blocks, rank);
+  result.slc_runs = OwnSelectRuns(config, plan, blocks, rank);
+  result.num_own_slc_blocks = blocks.slc_blocks_of_rank[rank];
+  for (int branches = 1; branches < kNumBranchSets; ++branches) {
+    result.kv[branches] = MakeBranchKv(config, plan, blocks, rank, branches);
+  }
+  for (const kernels::Segment& segment : result.kv[kSlcBit].segments) {
+    if (!segment.is_halo) result.query_segments.push_back(segment);
+  }
+  result.num_remote_slc_blocks = CountRemoteVisible(result, config);
+  return result;
+}
+
+}  // namespace nsa

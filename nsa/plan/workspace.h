@@ -1,0 +1,81 @@
+// The memory of one rank's engine, computed once here: for taking it, for printing it, for
+// planning.
+#ifndef NSA_PLAN_WORKSPACE_H_
+#define NSA_PLAN_WORKSPACE_H_
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/types.h"
+#include "nsa/plan/rank_plan.h"
+
+namespace nsa {
+
+// The plan's lists as one piece of memory, to be copied to where kernels read them.
+struct PlanTables {
+  std::string bytes;
+  int64_t documents = 0;                                   // offsets into bytes, of
+  int64_t query_segments = 0;                              // kernels::Segment[]
+  int64_t cmp_runs = 0;                                    // kernels::BlockRun[]
+  int64_t slc_runs = 0;                                    // kernels::BlockRun[]
+  int64_t slc_owner = 0;                                   // int32_t[B]
+  int64_t slc_ordinal = 0;                                 // int32_t[B]
+  int64_t slc_blocks_of_rank = 0;                          // int64_t[P]
+  std::array<int64_t, kNumBranchSets> kv_segments = {};    // kernels::Segment[], by set of branches
+  std::array<int64_t, kNumBranchSets> send_segments = {};  // kernels::Segment[], rows to send
+};
+
+PlanTables MakePlanTables(const RankPlan& rank_plan, const BlockMap& blocks);
+
+enum WorkspaceBuffer : int {
+  kTablesBuffer,         // PlanTables::bytes
+  kSummariesBuffer,      // [N, Hkv*Dk + Hkv*Dv] activations' dtype: kc then vc in each row
+  kHaloReceivedBuffer,   // halo rows of k and v, for every set of branches in use
+  kHaloToSendBuffer,     // rows that other ranks need, packed
+  kWindowOutputBuffer,   // o_win [T,Hq,Dv] activations' dtype
+  kBlockIndicesBuffer,   // [T,Hkv,n] int32
+  kLocationsBuffer,      // [Hkv,B] int32
+  kSlotPeersBuffer,      // [capacity] int32
+  kSlotOffsetsBuffer,    // [capacity] int64
+  kFetchCountersBuffer,  // FetchCounters
+  kSlotsBuffer,          // [capacity] records
+  kNumWorkspaceBuffers,
+};
+
+// Scalars that PlanFetch writes.
+struct FetchCounters {
+  int64_t query_end;
+  int64_t num_remote_picks;
+  int32_t num_slots;
+};
+
+const char* NameOf(WorkspaceBuffer buffer);
+
+struct WorkspaceLayout {
+  std::array<int64_t, kNumWorkspaceBuffers> offset = {};  // multiples of 256
+  std::array<int64_t, kNumWorkspaceBuffers> num_bytes = {};
+  int64_t total_bytes = 0;
+  int64_t record_bytes = 0;    // of one (select block, kv head)
+  int64_t fetch_capacity = 0;  // slots
+  bool single_piece = true;    // every remote block fits: the queries are never cut into pieces
+  int64_t window_bytes = 0;    // records of own blocks; a communicator window beside the workspace
+};
+
+// InvalidArgument when the fetch budget can't hold one query's blocks.
+absl::StatusOr<WorkspaceLayout> MakeWorkspaceLayout(const kernels::AttentionDims& dims,
+                                                    const RankPlan& rank_plan,
+                                                    const BlockMap& blocks, int64_t table_bytes,
+                                                    int64_t record_bytes,
+                                                    int64_t fetch_budget_bytes);
+
+// Bytes of one row of the summaries: kc and vc of one compression block, all kv heads.
+int64_t SummaryRowBytes(const kernels::AttentionDims& dims);
+
+inline int64_t AlignUp(int64_t num_bytes) { return (num_bytes + 255) / 256 * 256; }
+
+}  // namespace nsa
+
+#endif  // NSA_PLAN_WORKSPACE_H_
