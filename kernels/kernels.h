@@ -119,7 +119,7 @@ struct PlanFetchParams {
   BlockOwners owners;
   int64_t record_bytes;
   int64_t query_begin;
-  int64_t capacity;                // slots; at least n * Hkv
+  int64_t capacity;                // slots; enough for the picks of any one query
   int32_t* locations;              // [Hkv,B] own: record index; remote: num_own_records + slot; else -1
   int32_t* peers;                  // [capacity] rank to read slot i from
   int64_t* offsets;                // [capacity] byte offset in that rank's window

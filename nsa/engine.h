@@ -1,0 +1,116 @@
+// Native Sparse Attention over a sequence sharded across the ranks of a communicator.
+//
+//   auto engine = nsa::Engine::Create(options, std::move(plan), communicator, kernels);
+//   absl::Status status = (*engine)->Forward(inputs, outputs);
+//
+// The function computed is NSA (arXiv:2502.11089) equations 5 to 12; shapes use its symbols as in
+// nsa/config.h, with T the tokens of this rank under the shard plan. Create and Forward are
+// collective: every rank of the group makes the same calls in the same order. The result does not
+// depend, bit for bit, on the number of ranks or on the sharding.
+#ifndef NSA_ENGINE_H_
+#define NSA_ENGINE_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "comm/communicator.h"
+#include "kernels/kernels.h"
+#include "nsa/config.h"
+#include "nsa/plan/rank_plan.h"
+#include "nsa/plan/sharding.h"
+#include "nsa/stats.pb.h"
+#include "nsa/tensor.h"
+
+namespace nsa {
+
+struct EngineOptions {
+  NsaConfig config;
+  DType dtype = DType::kBF16;  // of q, k, v, o and of the summaries
+  // Upper bound of the memory for fetched blocks, per rank. When the blocks that a rank's queries
+  // select do not fit, the queries are processed in pieces. At least one query's worth:
+  // num_selected_blocks * num_kv_heads records.
+  int64_t fetch_budget_bytes = int64_t{1} << 30;
+  // Called on the host at the start of each stage of a call, e.g. to show progress. Must not call
+  // the engine.
+  std::function<void(absl::string_view stage)> on_stage;
+};
+
+// Learned parameters of one compressor (semantics of each: nsa/config.h); unused ones stay unset.
+// H' is 1 (shared by the heads) or Hkv, D is Dk for k and Dv for v, F any width >= 1. All in one
+// dtype, f32 or that of the activations.
+struct CompressorParams {
+  ConstTensor weight;  // [H',l]       WEIGHTED
+  ConstTensor pe;      // [H',l,D]     WEIGHTED, LINEAR, MLP; optional, absent means zero
+  ConstTensor w;       // [H',D,l*D]   LINEAR
+  ConstTensor w1;      // [H',F,l*D]   MLP
+  ConstTensor b1;      // [H',F]       MLP
+  ConstTensor w2;      // [H',D,F]     MLP
+  ConstTensor b2;      // [H',D]       MLP
+};
+
+// All tensors in options.dtype unless said; last dimension contiguous, other strides free; memory
+// of the kernels' device. Branches that are given the same k and the same v share one halo
+// exchange.
+struct ForwardInputs {
+  ConstTensor q;      // [T,Hq,Dk]
+  ConstTensor k_cmp;  // [T,Hkv,Dk]
+  ConstTensor v_cmp;  // [T,Hkv,Dv]
+  ConstTensor k_slc;  // [T,Hkv,Dk]
+  ConstTensor v_slc;  // [T,Hkv,Dv]
+  ConstTensor k_win;  // [T,Hkv,Dk]
+  ConstTensor v_win;  // [T,Hkv,Dv]
+  ConstTensor gate;   // [T,Hq,3] f32 or options.dtype, after its sigmoid, order (cmp, slc, win)
+  CompressorParams compress_k;
+  CompressorParams compress_v;
+
+  // The same k and v for the three branches.
+  void SetSharedKv(const ConstTensor& k, const ConstTensor& v) {
+    k_cmp = k_slc = k_win = k;
+    v_cmp = v_slc = v_win = v;
+  }
+};
+
+// Optional ones are skipped when unset. Contents are undefined after an error.
+struct ForwardOutputs {
+  Tensor o;                    // [T,Hq,Dv] options.dtype
+  Tensor o_cmp, o_slc, o_win;  // [T,Hq,Dv] options.dtype, optional
+  float* lse_cmp = nullptr;    // [T,Hq] dense, natural log, -inf without a key; optional
+  float* lse_slc = nullptr;    // [T,Hq] optional
+  float* lse_win = nullptr;    // [T,Hq] optional
+  int32_t* block_indices =
+      nullptr;  // [T,Hkv,n] dense, in the query's document, -1 padded; optional
+};
+
+class Engine {
+ public:
+  // Collective. Takes all memory that later calls use.
+  // InvalidArgument on every rank, naming rank, field, value and rule, when any rank's options are
+  // invalid or differ from another's; ResourceExhausted on every rank when one lacks the memory.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(
+      const EngineOptions& options, ShardPlan plan,
+      std::shared_ptr<comm::Communicator> communicator, std::shared_ptr<kernels::Kernels> kernels);
+  virtual ~Engine() = default;
+
+  // Collective. InvalidArgument on every rank when any rank's tensors are wrong; the engine stays
+  // usable then. Any other error breaks the communicator on every rank (see comm/communicator.h).
+  // `stream`: the stream of the kernels' device; host kernels ignore it and have finished on
+  // return.
+  virtual absl::Status Forward(const ForwardInputs& inputs, const ForwardOutputs& outputs,
+                               void* stream = nullptr) = 0;
+
+  // What the last Forward of this rank moved and took.
+  virtual const RankStats& last_stats() const = 0;
+  // Collective: the same of all ranks, block_bytes_sent filled in.
+  virtual absl::StatusOr<ForwardStats> GatherStats() = 0;
+
+  virtual const ShardPlan& shard_plan() const = 0;
+  virtual const BlockMap& block_map() const = 0;
+};
+
+}  // namespace nsa
+
+#endif  // NSA_ENGINE_H_

@@ -1,0 +1,98 @@
+#include "nsa/passes/halo.h"
+
+#include <vector>
+
+#include "nsa/passes/inputs.h"
+
+namespace nsa {
+namespace {
+
+// Hands out aligned pieces of a workspace buffer one after another.
+class Cursor {
+ public:
+  explicit Cursor(char* data) : data_(data) {}
+  char* Take(int64_t num_bytes) {
+    char* piece = data_ + used_;
+    used_ += AlignUp(num_bytes);
+    return piece;
+  }
+
+ private:
+  char* data_;
+  int64_t used_ = 0;
+};
+
+}  // namespace
+
+absl::StatusOr<std::array<BranchTokens, 3>> ExchangeHalo(PassContext& context,
+                                                         const ForwardInputs& inputs,
+                                                         void* stream) {
+  const StageScope scope(context, "halo");
+  const kernels::AttentionDims& dims = context.dims;
+  const std::array<BranchInputs, 3> branches = BranchesOf(inputs);
+  Cursor received(context.Buffer<char>(kHaloReceivedBuffer));
+  Cursor to_send(context.Buffer<char>(kHaloToSendBuffer));
+  std::vector<comm::SendOp> sends;
+  std::vector<comm::RecvOp> recvs;
+
+  // One tensor of one set of branches: pack what others need, name where theirs goes.
+  auto exchange = [&](const ConstTensor& tensor, int set,
+                      int32_t head_dim) -> absl::StatusOr<kernels::TokenRows> {
+    const BranchKv& kv = context.rank_plan.kv[set];
+    const int64_t row_elements = int64_t{dims.num_kv_heads} * head_dim;
+    const int64_t row_bytes = row_elements * SizeOf(dims.dtype);
+    char* halo = received.Take(kv.halo_rows * row_bytes);
+    char* packed = to_send.Take(kv.send_rows * row_bytes);
+    if (kv.send_rows > 0) {
+      NSA_RETURN_IF_ERROR(context.kernels->CopyRows(
+          {.dtype = dims.dtype,
+           .num_heads = dims.num_kv_heads,
+           .head_dim = head_dim,
+           .src = View(tensor),
+           .segments = context.Table<kernels::Segment>(context.tables.send_segments[set]),
+           .num_segments = static_cast<int32_t>(kv.sends.size()),
+           .dst = packed},
+          stream));
+    }
+    int64_t row = 0;
+    for (const HaloSend& send : kv.sends) {
+      sends.push_back({send.peer, packed + row * row_bytes, send.num_tokens * row_bytes});
+      row += send.num_tokens;
+    }
+    for (const HaloPiece& piece : kv.receives) {
+      recvs.push_back(
+          {piece.owner, halo + piece.halo_row * row_bytes, piece.num_tokens * row_bytes});
+    }
+    return kernels::TokenRows{
+        .own = View(tensor),
+        .halo = {.data = halo, .row_stride = row_elements, .head_stride = head_dim},
+        .segments = context.Table<kernels::Segment>(context.tables.kv_segments[set]),
+        .num_segments = static_cast<int32_t>(kv.segments.size())};
+  };
+
+  std::array<BranchTokens, kNumBranchSets> tokens_of_set;
+  int sets_done = 0;
+  for (const BranchInputs& branch : branches) {
+    if (sets_done & branch.branches) continue;
+    sets_done |= branch.branches;
+    BranchTokens& tokens = tokens_of_set[branch.branches];
+    absl::StatusOr<kernels::TokenRows> k = exchange(branch.k, branch.branches, dims.head_dim_qk);
+    if (!k.ok()) return k.status();
+    absl::StatusOr<kernels::TokenRows> v = exchange(branch.v, branch.branches, dims.head_dim_v);
+    if (!v.ok()) return v.status();
+    tokens = {.k = *k, .v = *v};
+  }
+
+  NSA_RETURN_IF_ERROR(context.communicator->Exchange(sends, recvs, stream));
+  int64_t sent = 0;
+  for (const comm::SendOp& send : sends) sent += send.num_bytes;
+  int64_t got = 0;
+  for (const comm::RecvOp& recv : recvs) got += recv.num_bytes;
+  context.stats.set_halo_bytes_sent(sent);
+  context.stats.set_halo_bytes_received(got);
+  return std::array<BranchTokens, 3>{tokens_of_set[branches[0].branches],
+                                     tokens_of_set[branches[1].branches],
+                                     tokens_of_set[branches[2].branches]};
+}
+
+}  // namespace nsa

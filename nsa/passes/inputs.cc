@@ -1,0 +1,177 @@
+#include "nsa/passes/inputs.h"
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "nsa/passes/context.h"
+
+namespace nsa {
+namespace {
+
+// A tensor whose dtype may be f32 or that of the activations.
+absl::Status CheckTensorOrF32(absl::string_view name, const ConstTensor& tensor, DType dtype,
+                              std::initializer_list<int64_t> shape) {
+  return CheckTensor(name, tensor, tensor.dtype == DType::kF32 ? DType::kF32 : dtype, shape);
+}
+
+absl::Status CheckDense(absl::string_view name, const ConstTensor& tensor) {
+  const ConstTensor dense(tensor.data, tensor.dtype, tensor.shape);
+  if (tensor.strides == dense.strides) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(name, ".strides: must be those of a dense tensor"));
+}
+
+// The parameters of the compressor of k or of v.
+class ParamsChecker {
+ public:
+  ParamsChecker(const EngineOptions& options, absl::string_view prefix, int64_t head_dim,
+                const CompressorParams& params)
+      : options_(options), prefix_(prefix), head_dim_(head_dim), params_(params) {}
+
+  absl::Status Check() const {
+    const int64_t l = options_.config.compress_block_tokens;
+    const int64_t d = head_dim_;
+    switch (options_.config.compressor) {
+      case Compressor::kMean:
+        return absl::OkStatus();
+      case Compressor::kWeighted: {
+        NSA_RETURN_IF_ERROR(CheckHeads("weight", params_.weight));
+        NSA_RETURN_IF_ERROR(
+            CheckOne("weight", params_.weight, params_.weight, {Heads(params_.weight), l}));
+        return CheckPosition(params_.weight);
+      }
+      case Compressor::kLinear: {
+        NSA_RETURN_IF_ERROR(CheckHeads("w", params_.w));
+        NSA_RETURN_IF_ERROR(CheckOne("w", params_.w, params_.w, {Heads(params_.w), d, l * d}));
+        return CheckPosition(params_.w);
+      }
+      case Compressor::kMlp: {
+        NSA_RETURN_IF_ERROR(CheckHeads("w1", params_.w1));
+        const int64_t heads = Heads(params_.w1);
+        const int64_t f = HiddenWidth(params_);
+        if (f < 1) {
+          return absl::InvalidArgumentError(
+              absl::StrCat(prefix_, ".w1.shape[1] = ", f, ": must be a hidden width >= 1"));
+        }
+        NSA_RETURN_IF_ERROR(CheckOne("w1", params_.w1, params_.w1, {heads, f, l * d}));
+        NSA_RETURN_IF_ERROR(CheckOne("b1", params_.b1, params_.w1, {heads, f}));
+        NSA_RETURN_IF_ERROR(CheckOne("w2", params_.w2, params_.w1, {heads, d, f}));
+        NSA_RETURN_IF_ERROR(CheckOne("b2", params_.b2, params_.w1, {heads, d}));
+        return CheckPosition(params_.w1);
+      }
+    }
+    return absl::InternalError("unknown compressor");
+  }
+
+ private:
+  static int64_t Heads(const ConstTensor& tensor) {
+    return tensor.shape.empty() ? 0 : tensor.shape[0];
+  }
+
+  std::string Name(absl::string_view field) const { return absl::StrCat(prefix_, ".", field); }
+
+  // Of the tensor that tells H' and the parameters' dtype.
+  absl::Status CheckHeads(absl::string_view field, const ConstTensor& tensor) const {
+    if (!tensor.is_set()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(Name(field), ".data = null: the compressor needs it"));
+    }
+    const int64_t heads = Heads(tensor);
+    if (heads == 1 || heads == options_.config.num_kv_heads) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat(Name(field), ".shape[0] = ", heads,
+                     ": must be 1 or num_kv_heads = ", options_.config.num_kv_heads));
+  }
+
+  absl::Status CheckOne(absl::string_view field, const ConstTensor& tensor,
+                        const ConstTensor& leader, std::initializer_list<int64_t> shape) const {
+    const std::string name = Name(field);
+    if (tensor.dtype != leader.dtype) return CheckTensor(name, tensor, leader.dtype, shape);
+    NSA_RETURN_IF_ERROR(CheckTensorOrF32(name, tensor, options_.dtype, shape));
+    return CheckDense(name, tensor);
+  }
+
+  absl::Status CheckPosition(const ConstTensor& leader) const {
+    if (!params_.pe.is_set()) return absl::OkStatus();
+    return CheckOne("pe", params_.pe, leader,
+                    {Heads(leader), options_.config.compress_block_tokens, head_dim_});
+  }
+
+  const EngineOptions& options_;
+  absl::string_view prefix_;
+  int64_t head_dim_;
+  const CompressorParams& params_;
+};
+
+}  // namespace
+
+int64_t HiddenWidth(const CompressorParams& params) {
+  return params.w1.shape.size() > 1 ? params.w1.shape[1] : 0;
+}
+
+std::array<BranchInputs, 3> BranchesOf(const ForwardInputs& inputs) {
+  std::array<BranchInputs, 3> branches = {{{inputs.k_cmp, inputs.v_cmp, 0},
+                                           {inputs.k_slc, inputs.v_slc, 0},
+                                           {inputs.k_win, inputs.v_win, 0}}};
+  constexpr int kBits[] = {kCmpBit, kSlcBit, kWinBit};
+  for (BranchInputs& branch : branches) {
+    for (int other = 0; other < 3; ++other) {
+      if (SameTensor(branch.k, branches[other].k) && SameTensor(branch.v, branches[other].v)) {
+        branch.branches |= kBits[other];
+      }
+    }
+  }
+  return branches;
+}
+
+absl::Status CheckForward(const EngineOptions& options, int64_t num_tokens,
+                          const ForwardInputs& inputs, const ForwardOutputs& outputs) {
+  const NsaConfig& config = options.config;
+  const int64_t hq = config.num_q_heads;
+  const int64_t hkv = config.num_kv_heads;
+  const int64_t dk = config.head_dim_qk;
+  const int64_t dv = config.head_dim_v;
+  const DType dtype = options.dtype;
+
+  NSA_RETURN_IF_ERROR(CheckTensor("q", inputs.q, dtype, {num_tokens, hq, dk}));
+  NSA_RETURN_IF_ERROR(CheckTensor("k_cmp", inputs.k_cmp, dtype, {num_tokens, hkv, dk}));
+  NSA_RETURN_IF_ERROR(CheckTensor("v_cmp", inputs.v_cmp, dtype, {num_tokens, hkv, dv}));
+  NSA_RETURN_IF_ERROR(CheckTensor("k_slc", inputs.k_slc, dtype, {num_tokens, hkv, dk}));
+  NSA_RETURN_IF_ERROR(CheckTensor("v_slc", inputs.v_slc, dtype, {num_tokens, hkv, dv}));
+  NSA_RETURN_IF_ERROR(CheckTensor("k_win", inputs.k_win, dtype, {num_tokens, hkv, dk}));
+  NSA_RETURN_IF_ERROR(CheckTensor("v_win", inputs.v_win, dtype, {num_tokens, hkv, dv}));
+  NSA_RETURN_IF_ERROR(CheckTensorOrF32("gate", inputs.gate, dtype, {num_tokens, hq, 3}));
+  NSA_RETURN_IF_ERROR(ParamsChecker(options, "compress_k", dk, inputs.compress_k).Check());
+  NSA_RETURN_IF_ERROR(ParamsChecker(options, "compress_v", dv, inputs.compress_v).Check());
+
+  NSA_RETURN_IF_ERROR(CheckTensor("o", outputs.o, dtype, {num_tokens, hq, dv}));
+  const std::pair<const char*, const Tensor*> branch_outputs[] = {
+      {"o_cmp", &outputs.o_cmp}, {"o_slc", &outputs.o_slc}, {"o_win", &outputs.o_win}};
+  for (const auto& [name, tensor] : branch_outputs) {
+    if (!tensor->is_set()) continue;
+    NSA_RETURN_IF_ERROR(CheckTensor(name, *tensor, dtype, {num_tokens, hq, dv}));
+  }
+  return absl::OkStatus();
+}
+
+FieldList FieldsOfCall(const ForwardInputs& inputs) {
+  const std::array<BranchInputs, 3> branches = BranchesOf(inputs);
+  // A rank without tokens may pass no tensors at all, and takes no part in the halo.
+  const bool has_tokens = !inputs.k_cmp.shape.empty() && inputs.k_cmp.shape[0] > 0;
+  auto shared = [](int set) {
+    std::string names;
+    if (set & kCmpBit) names += "cmp ";
+    if (set & kSlcBit) names += "slc ";
+    if (set & kWinBit) names += "win ";
+    names.pop_back();
+    return absl::StrCat("{", names, "}");
+  };
+  return {{"branches that share k and v",
+           has_tokens ? absl::StrCat(shared(branches[0].branches), shared(branches[1].branches),
+                                     shared(branches[2].branches))
+                      : ""},
+          {"compress_k hidden width", absl::StrCat(HiddenWidth(inputs.compress_k))},
+          {"compress_v hidden width", absl::StrCat(HiddenWidth(inputs.compress_v))}};
+}
+
+}  // namespace nsa

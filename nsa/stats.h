@@ -1,0 +1,21 @@
+// Statistics of a call as a person reads them.
+#ifndef NSA_STATS_H_
+#define NSA_STATS_H_
+
+#include <string>
+
+#include "nsa/stats.pb.h"
+
+namespace nsa {
+
+// One row a rank and a row of totals: tokens, bytes sent and received by kind, picks before and
+// records after deduplication, pieces, memory; then load (flops and its ratio to the mean) and
+// seconds by stage.
+std::string FormatTable(const ForwardStats& stats);
+
+// Bytes with a binary unit, e.g. "1.50 MiB".
+std::string FormatBytes(double num_bytes);
+
+}  // namespace nsa
+
+#endif  // NSA_STATS_H_
