@@ -1,7 +1,8 @@
-"""@local_cuda: the CUDA toolkit under $CUDA_HOME, $CUDA_PATH or /usr/local/cuda, or none.
+"""@local_cuda and @nccl: the CUDA toolkit of this machine, and NCCL.
 
-Without a toolkit the repository still exists, with `:present` false: CUDA targets are then skipped.
-`--@local_cuda//:present=false` on the command line skips them with a toolkit, too.
+The toolkit is the one at $CUDA_HOME or $CUDA_PATH, else the one at /usr/local/cuda. Without a toolkit
+both repositories still exist, and what needs them is skipped. `--@local_cuda//:present=false` skips
+the CUDA targets on a machine with a toolkit, too.
 """
 
 _BUILD = """\
@@ -55,15 +56,14 @@ cc_library(
 )
 """
 
-def find_toolkit(ctx):
+def _find_toolkit(ctx):
     """The toolkit's folder, or None."""
-    for place in [ctx.os.environ.get("CUDA_HOME"), ctx.os.environ.get("CUDA_PATH"), "/usr/local/cuda"]:
-        if place and ctx.path(place + "/bin/nvcc").exists:
-            return place
-    return None
+    named = ctx.os.environ.get("CUDA_HOME") or ctx.os.environ.get("CUDA_PATH")
+    place = named or "/usr/local/cuda"
+    return place if ctx.path(place + "/bin/nvcc").exists else None
 
 def _cuda_repository_impl(ctx):
-    toolkit = find_toolkit(ctx)
+    toolkit = _find_toolkit(ctx)
     version = ""
     cudart_linkopts = []
     if toolkit:
@@ -86,7 +86,8 @@ cuda_repository = repository_rule(
 def _nccl_repository_impl(ctx):
     compatible = ["@nsa//tools/bazel:nccl"]  # no platform has it: whoever needs NCCL is skipped
     linkopts = []
-    for place in [ctx.os.environ.get("NCCL_HOME"), find_toolkit(ctx), "/usr"]:
+    toolkit = _find_toolkit(ctx)
+    for place in [ctx.os.environ.get("NCCL_HOME"), toolkit, "/usr"] if toolkit else []:
         if place and ctx.path(place + "/include/nccl.h").exists:
             compatible = []
             ctx.symlink(place + "/include", "include")
