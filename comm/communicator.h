@@ -1,16 +1,18 @@
 // Moving bytes between the ranks of one context-parallel group. Knows nothing of attention.
 //
 // Every rank makes the same collective calls in the same order. A call with a `stream` enqueues its
-// work there and returns OK when enqueued; host backends ignore `stream` and have finished when they
-// return. One thread of a rank calls at a time; Abort and HealthCheck may come from any thread.
+// work there and returns OK when enqueued; host backends ignore `stream` and have finished when
+// they return. One thread of a rank calls at a time; Abort and HealthCheck may come from any
+// thread.
 //
 // Errors. Every wait has the communicator's deadline (`timeout`):
 //   DeadlineExceeded  a peer did not arrive; the message names who waited for whom, in which call
 //   Unavailable       a peer died or a link broke; the message names its rank
 //   InvalidArgument   the arguments break a rule; nothing was sent
 //   Aborted           some rank called Abort; the message carries its rank and reason
-// After any of these but InvalidArgument the communicator is broken for good: waiting and later calls
-// on this rank return the same first error at once, and peers learn of it or run into their deadline.
+// After any of these but InvalidArgument the communicator is broken for good: waiting and later
+// calls on this rank return the same first error at once, and peers learn of it or run into their
+// deadline.
 #ifndef COMM_COMMUNICATOR_H_
 #define COMM_COMMUNICATOR_H_
 
@@ -49,9 +51,9 @@ struct RecvOp {
 // Equal-sized records to read from peers' windows. The arrays lie in the backend's memory (device
 // memory where peers are load/store reachable), so that a kernel can make them without a host wait.
 struct GatherList {
-  const int32_t* peers;      // [max_count] rank to read from; the own rank is allowed
-  const int64_t* offsets;    // [max_count] byte offset in that rank's window
-  const int32_t* count;      // scalar, at most max_count
+  const int32_t* peers;    // [max_count] rank to read from; the own rank is allowed
+  const int64_t* offsets;  // [max_count] byte offset in that rank's window
+  const int32_t* count;    // scalar, at most max_count
   int64_t max_count;
 };
 
@@ -60,17 +62,18 @@ struct GatherList {
 //   Publish      what this rank wrote may now be read
 //   Gather       waits for the Publish of the ranks it reads, copies their records
 //   Release      this rank reads no more in this epoch
-// Each rank goes through the four in this order (any number of Gathers, also none). A window must be
-// destroyed before its communicator; destruction is local.
+// Each rank goes through the four in this order (any number of Gathers, also none). A window must
+// be destroyed before its communicator; destruction is local.
 class Window {
  public:
   virtual ~Window() = default;
-  virtual void* data() = 0;                // this rank's memory, 256-byte aligned
-  virtual int64_t num_bytes() const = 0;   // of this rank; may differ between ranks, may be 0
+  virtual void* data() = 0;               // this rank's memory, 256-byte aligned
+  virtual int64_t num_bytes() const = 0;  // of this rank; may differ between ranks, may be 0
 
   virtual absl::Status BeginWrite(void* stream) = 0;
   virtual absl::Status Publish(void* stream) = 0;
-  // Record i goes to dst + i * record_bytes. An offset outside the peer's window is InvalidArgument.
+  // Record i goes to dst + i * record_bytes. An offset outside the peer's window is
+  // InvalidArgument.
   virtual absl::Status Gather(const GatherList& list, int64_t record_bytes, void* dst,
                               void* stream) = 0;
   virtual absl::Status Release(void* stream) = 0;
@@ -88,8 +91,8 @@ class Communicator {
   // ranks pass the same runs; runs do not overlap; any number a rank, also none.
   virtual absl::Status AllGather(void* buffer, absl::Span<const GatherRun> runs, void* stream) = 0;
 
-  // Grouped point-to-point. The i-th send from a to b meets the i-th receive of b from a, whose size
-  // must be equal (else InvalidArgument on the receiver). Self-sends are allowed.
+  // Grouped point-to-point. The i-th send from a to b meets the i-th receive of b from a, whose
+  // size must be equal (else InvalidArgument on the receiver). Self-sends are allowed.
   virtual absl::Status Exchange(absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
                                 void* stream) = 0;
 

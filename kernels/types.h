@@ -23,17 +23,17 @@ namespace kernels {
 // The numbers of the attention that kernels need, already validated and resolved.
 struct AttentionDims {
   DType dtype;
-  int32_t num_q_heads;            // Hq
-  int32_t num_kv_heads;           // Hkv
-  int32_t head_dim_qk;            // Dk
-  int32_t head_dim_v;             // Dv
-  int32_t compress_block_tokens;  // l
-  int32_t compress_stride_tokens; // d
-  int32_t select_block_tokens;    // l'
-  int32_t num_selected_blocks;    // n
-  int32_t num_initial_blocks;     // n_init
-  int32_t num_local_blocks;       // n_local
-  int32_t window_tokens;          // w
+  int32_t num_q_heads;             // Hq
+  int32_t num_kv_heads;            // Hkv
+  int32_t head_dim_qk;             // Dk
+  int32_t head_dim_v;              // Dv
+  int32_t compress_block_tokens;   // l
+  int32_t compress_stride_tokens;  // d
+  int32_t select_block_tokens;     // l'
+  int32_t num_selected_blocks;     // n
+  int32_t num_initial_blocks;      // n_init
+  int32_t num_local_blocks;        // n_local
+  int32_t window_tokens;           // w
   float softmax_scale;
 
   int32_t group_size() const { return num_q_heads / num_kv_heads; }  // G
@@ -52,11 +52,11 @@ struct Document {
 
 // A run of tokens of one document that lies in consecutive rows of a tensor.
 struct Segment {
-  int64_t row;         // row of the first token, in the tensor named by `is_halo`
+  int64_t row;  // row of the first token, in the tensor named by `is_halo`
   int64_t num_tokens;
-  int64_t position;    // of the first token inside its document
-  int32_t document;    // index into the list of documents
-  int32_t is_halo;     // 0: a row of the caller's tensor; 1: a row of the halo buffer
+  int64_t position;  // of the first token inside its document
+  int32_t document;  // index into the list of documents
+  int32_t is_halo;   // 0: a row of the caller's tensor; 1: a row of the halo buffer
 };
 
 // A run of consecutive blocks of one document.
