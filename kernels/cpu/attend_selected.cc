@@ -1,0 +1,221 @@
+// Stages 7 and 8: attention over the selected blocks, then the gate.
+//
+// An item is a run of queries of one kv head. It walks the union of their blocks in ascending
+// order, so that a block which several of them selected is loaded once; each query still sees
+// exactly its own blocks in its own order.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/cpu/float_types.h"
+#include "kernels/cpu/rows.h"
+#include "kernels/cpu/stages.h"
+#include "kernels/cpu/tile_ops.h"
+
+namespace nsa::kernels::cpu {
+namespace {
+
+constexpr int64_t kTargetRows = 128;
+
+struct Pick {
+  int32_t block;  // in the document
+  int32_t query;  // in the run
+};
+
+struct Scratch {
+  Scratch(const AttentionDims& dims, int64_t queries, char* memory)
+      : Scratch(dims, queries, Carver(memory)) {}
+
+  float* q;              // [rows,Dk]
+  float* o;              // [rows,Dv]
+  float* max;            // [rows]
+  float* sums;           // [rows,kLanes]
+  VisibleKeys* visible;  // [rows]
+  Pick* picks;           // [queries,n]
+  float* keys;           // [Dk,kTileKeys]
+  float* values;         // [kTileKeys,Dv]
+  float* gate;           // [kLanes] three are used
+  float* o_cmp;          // [Dv]
+  float* o_win;          // [Dv]
+  int64_t num_bytes;
+
+ private:
+  Scratch(const AttentionDims& dims, int64_t queries, Carver carver) {
+    const int64_t rows = queries * dims.group_size();
+    q = carver.Take<float>(rows * dims.head_dim_qk);
+    o = carver.Take<float>(rows * dims.head_dim_v);
+    max = carver.Take<float>(rows);
+    sums = carver.Take<float>(rows * kLanes);
+    visible = carver.Take<VisibleKeys>(rows);
+    picks = carver.Take<Pick>(queries * dims.num_selected_blocks);
+    keys = carver.Take<float>(static_cast<int64_t>(dims.head_dim_qk) * kTileKeys);
+    values = carver.Take<float>(static_cast<int64_t>(kTileKeys) * dims.head_dim_v);
+    gate = carver.Take<float>(kLanes);
+    o_cmp = carver.Take<float>(dims.head_dim_v);
+    o_win = carver.Take<float>(dims.head_dim_v);
+    num_bytes = carver.num_bytes();
+  }
+};
+
+float LoadGate(const GateParams& gate, int64_t token, int64_t head, int32_t branch) {
+  return LoadFloat(gate.gate_dtype, gate.gate,
+                   token * gate.row_stride + head * gate.head_stride + branch);
+}
+
+class Item {
+ public:
+  Item(const AttendSelectedParams& params, const QueryRun& run, int32_t kv_head, const Scratch& s)
+      : params_(params),
+        dims_(params.dims),
+        run_(run),
+        kv_head_(kv_head),
+        group_size_(dims_.group_size()),
+        s_(s),
+        rows_{.head_dim_qk = dims_.head_dim_qk,
+              .head_dim_v = dims_.head_dim_v,
+              .scale = dims_.softmax_scale,
+              .q = s.q,
+              .o = s.o,
+              .max = s.max,
+              .sums = s.sums} {}
+
+  void Run() {
+    LoadQueries(dims_, params_.queries, run_, kv_head_, s_.q);
+    ResetRows(rows_, run_.num_queries * group_size_);
+    const Pick* const end = CollectPicks();
+    for (const Pick* pick = s_.picks; pick != end;) {
+      const Pick* const next =
+          std::find_if(pick, end, [&](const Pick& other) { return other.block != pick->block; });
+      AttendBlock(pick, next);
+      pick = next;
+    }
+    for (int64_t row = 0; row < run_.num_queries * group_size_; ++row) FinishRowAndGate(row);
+  }
+
+ private:
+  // The picks of all queries of the run, by block and then query; returns their end.
+  Pick* CollectPicks() {
+    Pick* end = s_.picks;
+    for (int64_t i = 0; i < run_.num_queries; ++i) {
+      const int32_t* const indices =
+          params_.block_indices +
+          ((run_.row + i) * dims_.num_kv_heads + kv_head_) * dims_.num_selected_blocks;
+      for (int32_t j = 0; j < dims_.num_selected_blocks && indices[j] >= 0; ++j) {
+        *end++ = Pick{.block = indices[j], .query = static_cast<int32_t>(i)};
+      }
+    }
+    std::sort(s_.picks, end, [](const Pick& a, const Pick& b) {
+      return a.block != b.block ? a.block < b.block : a.query < b.query;
+    });
+    return end;
+  }
+
+  // The queries of [begin, end), all of the same block.
+  void AttendBlock(const Pick* begin, const Pick* end) {
+    const int64_t first_token = static_cast<int64_t>(begin->block) * dims_.select_block_tokens;
+    const char* const record = FindRecord(begin->block);
+    for (int32_t first_key = 0; first_key < dims_.select_block_tokens; first_key += kTileKeys) {
+      // Queries come in the order of their positions: those that see the tile are the last ones.
+      const Pick* const first = std::find_if(begin, end, [&](const Pick& pick) {
+        return run_.position + pick.query >= first_token + first_key;
+      });
+      if (first == end) break;
+      const KeyTile tile = LoadTile(record, first_key);
+      for (const Pick* pick = first; pick != end;) {
+        // Queries that follow one another have their rows in one piece.
+        const int64_t row_begin = pick->query * group_size_;
+        int64_t num_rows = 0;
+        for (int32_t query = pick->query; pick != end && pick->query == query; ++pick, ++query) {
+          const int64_t past_first = run_.position + query - first_token - first_key;
+          const VisibleKeys visible{
+              .begin = 0,
+              .end = static_cast<int32_t>(std::min<int64_t>(tile.width, past_first + 1))};
+          std::fill_n(s_.visible + num_rows, group_size_, visible);
+          num_rows += group_size_;
+        }
+        AttendTile(rows_, row_begin, num_rows, tile, s_.visible);
+      }
+    }
+  }
+
+  const char* FindRecord(int32_t block) const {
+    const int64_t global_block = params_.queries.documents[run_.document].slc_block_begin + block;
+    const int64_t location = params_.locations[kv_head_ * params_.num_blocks + global_block];
+    const int64_t record_bytes = RecordBytes(dims_);
+    return location < params_.num_own_records
+               ? static_cast<const char*>(params_.own_records) + location * record_bytes
+               : static_cast<const char*>(params_.slots) +
+                     (location - params_.num_own_records) * record_bytes;
+  }
+
+  // Keys [first_key, first_key + kTileKeys) of a record, or those that are left; f32 is used in
+  // place.
+  KeyTile LoadTile(const char* record, int32_t first_key) const {
+    const int64_t element_bytes = SizeOf(dims_.dtype);
+    const int32_t block_tokens = dims_.select_block_tokens;
+    const int32_t width = std::min(kTileKeys, block_tokens - first_key);
+    const char* const keys = record + first_key * element_bytes;
+    const char* const values = record + (static_cast<int64_t>(block_tokens) * dims_.head_dim_qk +
+                                         static_cast<int64_t>(first_key) * dims_.head_dim_v) *
+                                            element_bytes;
+    if (dims_.dtype == DType::kF32) {
+      return KeyTile{.keys = reinterpret_cast<const float*>(keys),
+                     .key_stride = block_tokens,
+                     .values = reinterpret_cast<const float*>(values),
+                     .width = width};
+    }
+    for (int32_t i = 0; i < dims_.head_dim_qk; ++i) {
+      ToFloat(dims_.dtype, keys + i * block_tokens * element_bytes, width, s_.keys + i * width);
+    }
+    ToFloat(dims_.dtype, values, static_cast<int64_t>(width) * dims_.head_dim_v, s_.values);
+    return KeyTile{.keys = s_.keys, .key_stride = width, .values = s_.values, .width = width};
+  }
+
+  void FinishRowAndGate(int64_t row) {
+    const int64_t token = run_.row + row / group_size_;
+    const int64_t head = kv_head_ * group_size_ + row % group_size_;
+    const GateParams& gate = params_.gate;
+    float* const o = s_.o + row * dims_.head_dim_v;
+    const float lse = FinishRow(rows_, row);
+    if (params_.lse_slc != nullptr) params_.lse_slc[token * dims_.num_q_heads + head] = lse;
+    if (params_.o_slc.data != nullptr) {
+      FromFloat(dims_.dtype, o, dims_.head_dim_v, RowOf(params_.o_slc, dims_.dtype, token, head));
+    }
+    // Both are read before o is written, which may be o_cmp's memory.
+    ToFloat(dims_.dtype, RowOf(gate.o_cmp, dims_.dtype, token, head), dims_.head_dim_v, s_.o_cmp);
+    ToFloat(dims_.dtype, RowOf(gate.o_win, dims_.dtype, token, head), dims_.head_dim_v, s_.o_win);
+    Scale(LoadGate(gate, token, head, 1), dims_.head_dim_v, o);
+    AddScaled(s_.o_cmp, dims_.head_dim_v, LoadGate(gate, token, head, 0), o);
+    AddScaled(s_.o_win, dims_.head_dim_v, LoadGate(gate, token, head, 2), o);
+    FromFloat(dims_.dtype, o, dims_.head_dim_v, RowOf(gate.o, dims_.dtype, token, head));
+  }
+
+  const AttendSelectedParams& params_;
+  const AttentionDims& dims_;
+  const QueryRun& run_;
+  const int32_t kv_head_;
+  const int64_t group_size_;
+  const Scratch& s_;
+  const SoftmaxRows rows_;
+};
+
+}  // namespace
+
+absl::Status AttendSelected(const AttendSelectedParams& params, Workers& workers) {
+  const AttentionDims& dims = params.dims;
+  const int64_t num_queries = params.query_end - params.query_begin;
+  const int64_t queries_per_run =
+      QueriesPerRun(dims, num_queries, kTargetRows, workers.num_threads());
+  const std::vector<QueryRun> runs =
+      SplitQueries(params.queries, params.query_begin, params.query_end, queries_per_run);
+  const int64_t num_runs = static_cast<int64_t>(runs.size());
+  const int64_t scratch_bytes = Scratch(dims, queries_per_run, nullptr).num_bytes;
+  // One kv head after another: neighbouring runs then find each other's blocks in cache.
+  return workers.Run(num_runs * dims.num_kv_heads, scratch_bytes, [&](int64_t item, char* scratch) {
+    Item(params, runs[item % num_runs], static_cast<int32_t>(item / num_runs),
+         Scratch(dims, queries_per_run, scratch))
+        .Run();
+  });
+}
+
+}  // namespace nsa::kernels::cpu

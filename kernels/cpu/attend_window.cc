@@ -1,0 +1,129 @@
+// Stage 7, the window: each token attends to the last w tokens of its document, its own included.
+//
+// Tiles of keys are counted from the document's first token, so a query adds up the same tiles in
+// the same order whoever computes it.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/cpu/rows.h"
+#include "kernels/cpu/stages.h"
+#include "kernels/cpu/tile_ops.h"
+
+namespace nsa::kernels::cpu {
+namespace {
+
+// Rows of work in an item: enough to pay for the transposition of each tile of keys.
+constexpr int64_t kTargetRows = 256;
+
+struct Scratch {
+  Scratch(const AttentionDims& dims, int64_t rows, char* memory)
+      : Scratch(dims, rows, Carver(memory)) {}
+
+  float* q;              // [rows,Dk]
+  float* o;              // [rows,Dv]
+  float* max;            // [rows]
+  float* sums;           // [rows,kLanes]
+  VisibleKeys* visible;  // [rows]
+  float* keys;           // [Dk,kTileKeys]
+  float* values;         // [kTileKeys,Dv]
+  const void** tokens;   // [kTileKeys]
+  int64_t num_bytes;
+
+ private:
+  Scratch(const AttentionDims& dims, int64_t rows, Carver carver) {
+    q = carver.Take<float>(rows * dims.head_dim_qk);
+    o = carver.Take<float>(rows * dims.head_dim_v);
+    max = carver.Take<float>(rows);
+    sums = carver.Take<float>(rows * kLanes);
+    visible = carver.Take<VisibleKeys>(rows);
+    keys = carver.Take<float>(static_cast<int64_t>(dims.head_dim_qk) * kTileKeys);
+    values = carver.Take<float>(static_cast<int64_t>(kTileKeys) * dims.head_dim_v);
+    tokens = carver.Take<const void*>(kTileKeys);
+    num_bytes = carver.num_bytes();
+  }
+};
+
+// Keys and values [tile, tile + kTileKeys) of a document. Tokens that are not here are zero: they
+// are outside every window of this rank's queries.
+KeyTile LoadTile(const AttendWindowParams& params, int32_t document, int64_t tile, int32_t kv_head,
+                 const Scratch& s) {
+  const AttentionDims& dims = params.dims;
+  FindTokens(params.k, dims.dtype, document, tile, kTileKeys, kv_head, s.tokens);
+  TransposeToFloat(dims.dtype, s.tokens, kTileKeys, dims.head_dim_qk, s.keys);
+  FindTokens(params.v, dims.dtype, document, tile, kTileKeys, kv_head, s.tokens);
+  for (int32_t i = 0; i < kTileKeys; ++i) {
+    float* const value = s.values + i * dims.head_dim_v;
+    if (s.tokens[i] == nullptr) {
+      std::fill_n(value, dims.head_dim_v, 0.0f);
+    } else {
+      ToFloat(dims.dtype, s.tokens[i], dims.head_dim_v, value);
+    }
+  }
+  return KeyTile{.keys = s.keys, .key_stride = kTileKeys, .values = s.values, .width = kTileKeys};
+}
+
+void AttendRun(const AttendWindowParams& params, const QueryRun& run, int32_t kv_head,
+               const Scratch& s) {
+  const AttentionDims& dims = params.dims;
+  const int64_t group_size = dims.group_size();
+  const SoftmaxRows rows{.head_dim_qk = dims.head_dim_qk,
+                         .head_dim_v = dims.head_dim_v,
+                         .scale = dims.softmax_scale,
+                         .q = s.q,
+                         .o = s.o,
+                         .max = s.max,
+                         .sums = s.sums};
+  LoadQueries(dims, params.queries, run, kv_head, s.q);
+  ResetRows(rows, run.num_queries * group_size);
+
+  const int64_t first_key = std::max<int64_t>(0, run.position - dims.window_tokens + 1);
+  const int64_t end = run.position + run.num_queries;
+  for (int64_t tile = first_key / kTileKeys * kTileKeys; tile < end; tile += kTileKeys) {
+    // Queries that see a key of the tile: those at its first key and later, as long as their window
+    // still reaches its last one.
+    const int64_t query_begin = std::max<int64_t>(0, tile - run.position);
+    const int64_t query_end = std::min<int64_t>(
+        run.num_queries, tile + kTileKeys - 1 + dims.window_tokens - run.position);
+    if (query_begin >= query_end) continue;
+    for (int64_t i = query_begin; i < query_end; ++i) {
+      const int64_t position = run.position + i;
+      const VisibleKeys visible{
+          .begin =
+              static_cast<int32_t>(std::max<int64_t>(0, position - dims.window_tokens + 1 - tile)),
+          .end = static_cast<int32_t>(std::min<int64_t>(kTileKeys, position + 1 - tile))};
+      std::fill_n(s.visible + (i - query_begin) * group_size, group_size, visible);
+    }
+    AttendTile(rows, query_begin * group_size, (query_end - query_begin) * group_size,
+               LoadTile(params, run.document, tile, kv_head, s), s.visible);
+  }
+
+  for (int64_t row = 0; row < run.num_queries * group_size; ++row) {
+    const int64_t token = run.row + row / group_size;
+    const int64_t head = kv_head * group_size + row % group_size;
+    const float lse = FinishRow(rows, row);
+    FromFloat(dims.dtype, s.o + row * dims.head_dim_v, dims.head_dim_v,
+              RowOf(params.o_win, dims.dtype, token, head));
+    if (params.lse_win != nullptr) params.lse_win[token * dims.num_q_heads + head] = lse;
+  }
+}
+
+}  // namespace
+
+absl::Status AttendWindow(const AttendWindowParams& params, Workers& workers) {
+  const AttentionDims& dims = params.dims;
+  const int64_t queries_per_run =
+      QueriesPerRun(dims, params.queries.num_tokens, kTargetRows, workers.num_threads());
+  const int64_t max_rows = queries_per_run * dims.group_size();
+  const std::vector<QueryRun> runs =
+      SplitQueries(params.queries, 0, params.queries.num_tokens, queries_per_run);
+  const int64_t scratch_bytes = Scratch(dims, max_rows, nullptr).num_bytes;
+  return workers.Run(static_cast<int64_t>(runs.size()) * dims.num_kv_heads, scratch_bytes,
+                     [&](int64_t item, char* scratch) {
+                       AttendRun(params, runs[item / dims.num_kv_heads],
+                                 static_cast<int32_t>(item % dims.num_kv_heads),
+                                 Scratch(dims, max_rows, scratch));
+                     });
+}
+
+}  // namespace nsa::kernels::cpu

@@ -1,0 +1,72 @@
+#include "kernels/cpu/rows.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "kernels/cpu/tile_ops.h"
+
+namespace nsa::kernels::cpu {
+
+void FindTokens(const TokenRows& tokens, DType dtype, int32_t document, int64_t position,
+                int32_t count, int32_t head, const void** rows) {
+  const Segment* const end = tokens.segments + tokens.num_segments;
+  // The first segment that begins after `position`; the one before it may cover the position.
+  const Segment* next =
+      std::upper_bound(tokens.segments, end, std::make_pair(document, position),
+                       [](const std::pair<int32_t, int64_t>& place, const Segment& segment) {
+                         return place < std::make_pair(segment.document, segment.position);
+                       });
+  const Segment* segment = next == tokens.segments ? nullptr : next - 1;
+  for (int32_t i = 0; i < count; ++i) {
+    if (next != end && next->document == document && next->position == position + i) {
+      segment = next++;
+    }
+    const bool covered = segment != nullptr && segment->document == document &&
+                         position + i < segment->position + segment->num_tokens;
+    rows[i] = covered ? RowOf(segment->is_halo != 0 ? tokens.halo : tokens.own, dtype,
+                              segment->row + (position + i - segment->position), head)
+                      : nullptr;
+  }
+}
+
+std::vector<QueryRun> SplitQueries(const Queries& queries, int64_t row_begin, int64_t row_end,
+                                   int64_t max_queries) {
+  std::vector<QueryRun> runs;
+  for (int32_t i = 0; i < queries.num_segments; ++i) {
+    const Segment& segment = queries.segments[i];
+    const int64_t end = std::min(segment.row + segment.num_tokens, row_end);
+    for (int64_t row = std::max(segment.row, row_begin); row < end; row += max_queries) {
+      runs.push_back(QueryRun{.document = segment.document,
+                              .position = segment.position + (row - segment.row),
+                              .row = row,
+                              .num_queries = std::min(max_queries, end - row)});
+    }
+  }
+  std::stable_sort(runs.begin(), runs.end(), [](const QueryRun& a, const QueryRun& b) {
+    return a.position + a.num_queries > b.position + b.num_queries;
+  });
+  return runs;
+}
+
+int64_t QueriesPerRun(const AttentionDims& dims, int64_t num_queries, int64_t target_rows,
+                      int num_threads) {
+  const int64_t wanted = target_rows / dims.group_size();
+  // A few items a thread even out what they cost; one thread has nothing to even out.
+  const int64_t items = num_threads == 1 ? 1 : 4 * num_threads;
+  const int64_t balanced = (num_queries * dims.num_kv_heads + items - 1) / items;
+  return std::max<int64_t>(1, std::min(wanted, balanced));
+}
+
+void LoadQueries(const AttentionDims& dims, const Queries& queries, const QueryRun& run,
+                 int32_t kv_head, float* q) {
+  const int32_t group_size = dims.group_size();
+  for (int64_t i = 0; i < run.num_queries; ++i) {
+    for (int32_t g = 0; g < group_size; ++g) {
+      ToFloat(dims.dtype, RowOf(queries.q, dims.dtype, run.row + i, kv_head * group_size + g),
+              dims.head_dim_qk, q);
+      q += dims.head_dim_qk;
+    }
+  }
+}
+
+}  // namespace nsa::kernels::cpu
