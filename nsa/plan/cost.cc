@@ -17,6 +17,39 @@ int64_t NumBlocks(const std::vector<kernels::BlockRun>& runs) {
   return blocks;
 }
 
+// 1 + 2 + ... + count.
+double SumTo(int64_t count) {
+  return static_cast<double>(count) * (static_cast<double>(count) + 1) / 2;
+}
+
+// Keys that the queries at positions [0, end) of a document see, added up: a query sees one more
+// compression block every d tokens from position l-1 on.
+double CompressedKeysBefore(const NsaConfig& config, int64_t end) {
+  const int64_t seeing = std::max<int64_t>(0, end - (config.compress_block_tokens - 1));
+  const int64_t steps = seeing / config.compress_stride_tokens;
+  return static_cast<double>(config.compress_stride_tokens) * SumTo(steps) +
+         static_cast<double>(seeing % config.compress_stride_tokens) *
+             static_cast<double>(steps + 1);
+}
+
+// All tokens up to the query's own in the first n blocks; later on n-1 whole blocks and its own
+// block, which is always selected, up to its own token.
+double SelectedKeysBefore(const NsaConfig& config, int64_t end) {
+  const int64_t block = config.select_block_tokens;
+  const int64_t dense = std::min(end, config.num_selected_blocks * block);
+  const int64_t later = end - dense;  // starts at a block's first token
+  return SumTo(dense) +
+         static_cast<double>(later) *
+             static_cast<double>((config.num_selected_blocks - 1) * block) +
+         static_cast<double>(later / block) * SumTo(block) + SumTo(later % block);
+}
+
+double WindowKeysBefore(const NsaConfig& config, int64_t end) {
+  const int64_t dense = std::min<int64_t>(end, config.window_tokens);
+  return SumTo(dense) +
+         static_cast<double>(end - dense) * static_cast<double>(config.window_tokens);
+}
+
 double CompressFlopsPerHead(const NsaConfig& config, double head_dim, double hidden_width) {
   const double block_values = config.compress_block_tokens * head_dim;
   switch (config.compressor) {
@@ -42,24 +75,20 @@ double CompressFlopsOfRank(const NsaConfig& config, const RankPlan& rank_plan,
 }
 
 ForwardFlops AttentionFlopsOfRank(const NsaConfig& config, const RankPlan& rank_plan) {
-  int64_t cmp_keys = 0;
-  int64_t slc_keys = 0;
-  int64_t win_keys = 0;
+  double cmp_keys = 0;
+  double slc_keys = 0;
+  double win_keys = 0;
   for (const kernels::Segment& segment : rank_plan.query_segments) {
-    for (int64_t t = segment.position; t < segment.position + segment.num_tokens; ++t) {
-      cmp_keys += NumCompressionBlocks(config, t + 1);
-      // The block that holds t is always selected and read up to t.
-      const int64_t earlier_blocks = t / config.select_block_tokens;
-      slc_keys += std::min<int64_t>(earlier_blocks, config.num_selected_blocks - 1) *
-                      config.select_block_tokens +
-                  t % config.select_block_tokens + 1;
-      win_keys += std::min<int64_t>(t + 1, config.window_tokens);
-    }
+    const int64_t begin = segment.position;
+    const int64_t end = begin + segment.num_tokens;
+    cmp_keys += CompressedKeysBefore(config, end) - CompressedKeysBefore(config, begin);
+    slc_keys += SelectedKeysBefore(config, end) - SelectedKeysBefore(config, begin);
+    win_keys += WindowKeysBefore(config, end) - WindowKeysBefore(config, begin);
   }
   ForwardFlops flops;
-  flops.compressed_attention = static_cast<double>(cmp_keys) * FlopsPerKey(config);
-  flops.selected_attention = static_cast<double>(slc_keys) * FlopsPerKey(config);
-  flops.window_attention = static_cast<double>(win_keys) * FlopsPerKey(config);
+  flops.compressed_attention = cmp_keys * FlopsPerKey(config);
+  flops.selected_attention = slc_keys * FlopsPerKey(config);
+  flops.window_attention = win_keys * FlopsPerKey(config);
   return flops;
 }
 

@@ -10,8 +10,8 @@
 namespace nsa {
 namespace {
 
-// 2^40 tokens; keeps every product of a token count and a row size inside int64.
-constexpr int64_t kMaxTokens = int64_t{1} << 40;
+// Keeps block numbers inside int32 and products of tokens and row sizes inside int64.
+constexpr int64_t kMaxTokens = int64_t{1} << 32;
 constexpr int kMaxRanks = 1 << 20;
 
 // Tokens [begin, end) in `parts` parts whose sizes differ by at most one.
