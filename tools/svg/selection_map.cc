@@ -270,7 +270,9 @@ class SelectionDrawing {
       }
       canvas_.Text(
           kLeft + 84, y,
-          absl::StrFormat("%s, up to %.3g%% of a cell's pairs of query and block", what, 100 * max),
+          full > 0 ? absl::StrFormat("%s; darkest: %.2g%% or more of a cell's (query, block) pairs",
+                                     what, 100 * full)
+                   : absl::StrCat(what, ": none"),
           style);
     };
     ramp(top, true, full_forced_, "forced");
