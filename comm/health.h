@@ -1,0 +1,42 @@
+// The first error of a communicator, which then answers every later call.
+#ifndef COMM_HEALTH_H_
+#define COMM_HEALTH_H_
+
+#include <atomic>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/synchronization/mutex.h"
+
+namespace nsa::comm {
+
+// Thread-safe.
+class Health {
+ public:
+  // Keeps `error` if it is the first. Returns the first.
+  absl::Status Break(absl::Status error) {
+    absl::MutexLock lock(&mu_);
+    if (first_.ok()) {
+      first_ = std::move(error);
+      broken_.store(true, std::memory_order_release);
+    }
+    return first_;
+  }
+
+  bool broken() const { return broken_.load(std::memory_order_acquire); }
+
+  // OK or the first error.
+  absl::Status status() const {
+    absl::MutexLock lock(&mu_);
+    return first_;
+  }
+
+ private:
+  mutable absl::Mutex mu_;
+  absl::Status first_ ABSL_GUARDED_BY(mu_);
+  std::atomic<bool> broken_{false};
+};
+
+}  // namespace nsa::comm
+
+#endif  // COMM_HEALTH_H_
