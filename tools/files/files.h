@@ -1,0 +1,21 @@
+// Writing small files whole.
+#ifndef TOOLS_FILES_FILES_H_
+#define TOOLS_FILES_FILES_H_
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+
+namespace nsa::tools {
+
+// Creates the folder `path` and those above it; OK when it is there already.
+absl::Status MakeFolder(const std::string& path);
+
+// Writes beside `path` and renames, so that a reader sees the whole file or the one before. The
+// error names the path and the system's reason.
+absl::Status WriteFile(const std::string& path, absl::string_view contents);
+
+}  // namespace nsa::tools
+
+#endif  // TOOLS_FILES_FILES_H_
