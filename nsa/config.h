@@ -29,7 +29,7 @@ struct NsaConfig {
   int32_t num_initial_blocks = 1;       // n_init, forced first blocks
   int32_t num_local_blocks = 2;         // n_local, forced last blocks up to the query's own
   int32_t window_tokens = 512;          // w, the query's own token counted in
-  std::optional<float> softmax_scale;   // default 1 / sqrt(Dk)
+  std::optional<float> softmax_scale = std::nullopt;  // 1 / sqrt(Dk) when absent
   Compressor compressor = Compressor::kMean;
 
   bool operator==(const NsaConfig&) const = default;

@@ -36,7 +36,7 @@ struct EngineOptions {
   int64_t fetch_budget_bytes = int64_t{1} << 30;
   // Called on the host at the start of each stage of a call, e.g. to show progress. Must not call
   // the engine.
-  std::function<void(absl::string_view stage)> on_stage;
+  std::function<void(absl::string_view stage)> on_stage = nullptr;
 };
 
 // Learned parameters of one compressor (semantics of each: nsa/config.h); unused ones stay unset.

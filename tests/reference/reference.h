@@ -21,18 +21,18 @@ namespace nsa::reference {
 enum class CompressorKind { kMean, kWeighted, kLinear, kMlp };
 
 struct ReferenceConfig {
-  int64_t num_q_heads = 1;              // Hq
-  int64_t num_kv_heads = 1;             // Hkv
-  int64_t head_dim_qk = 1;              // Dk
-  int64_t head_dim_v = 1;               // Dv
-  int64_t compress_block_tokens = 32;   // l
-  int64_t compress_stride_tokens = 16;  // d
-  int64_t select_block_tokens = 64;     // l'
-  int64_t num_selected_blocks = 16;     // n
-  int64_t num_initial_blocks = 1;       // n_init
-  int64_t num_local_blocks = 2;         // n_local
-  int64_t window_tokens = 512;          // w
-  std::optional<double> softmax_scale;  // 1/sqrt(Dk) when absent
+  int64_t num_q_heads = 1;                             // Hq
+  int64_t num_kv_heads = 1;                            // Hkv
+  int64_t head_dim_qk = 1;                             // Dk
+  int64_t head_dim_v = 1;                              // Dv
+  int64_t compress_block_tokens = 32;                  // l
+  int64_t compress_stride_tokens = 16;                 // d
+  int64_t select_block_tokens = 64;                    // l'
+  int64_t num_selected_blocks = 16;                    // n
+  int64_t num_initial_blocks = 1;                      // n_init
+  int64_t num_local_blocks = 2;                        // n_local
+  int64_t window_tokens = 512;                         // w
+  std::optional<double> softmax_scale = std::nullopt;  // 1/sqrt(Dk) when absent
   CompressorKind compressor = CompressorKind::kMean;
 };
 

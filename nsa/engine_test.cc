@@ -1,0 +1,258 @@
+// What goes wrong on one rank is an error on all of them, and none is left waiting.
+#include "nsa/engine.h"
+
+#include <cmath>
+#include <thread>
+
+#include "comm/loopback/loopback.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_kernels.h"
+#include "tests/testing/delegating_kernels.h"
+
+namespace nsa {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int kRanks = 3;
+constexpr int64_t kTokens = 200;
+
+NsaConfig SmallConfig() {
+  NsaConfig config;
+  config.num_q_heads = 4;
+  config.num_kv_heads = 2;
+  config.head_dim_qk = config.head_dim_v = 64;
+  config.num_selected_blocks = 3;
+  config.window_tokens = 40;
+  return config;
+}
+
+// What one rank does, with its own copies of everything that a test may spoil.
+struct Rank {
+  explicit Rank(int rank) : rank(rank) { options.config = SmallConfig(); }
+
+  int rank;
+  EngineOptions options;
+  std::string sharding = "contiguous";
+  std::shared_ptr<comm::Communicator> communicator;
+  std::shared_ptr<kernels::Kernels> kernels;
+  absl::Status create_status;
+  std::unique_ptr<Engine> engine;
+  // Dense zeros of the right shapes, once the engine exists.
+  std::vector<std::vector<uint16_t>> memory;
+  std::vector<float> gate;
+  ForwardInputs inputs;
+  ForwardOutputs outputs;
+
+  void Create() {
+    auto plan = ShardPlan::Parse(sharding, kTokens, kRanks);
+    auto created = Engine::Create(options, *plan, communicator, kernels);
+    create_status = created.status();
+    if (!created.ok()) return;
+    engine = *std::move(created);
+    const int64_t tokens = engine->shard_plan().TokensOfRank(rank);
+    auto make = [&](int64_t heads) {
+      memory.emplace_back(tokens * heads * 64, uint16_t{0x3c00});
+      return Tensor(memory.back().data(), DType::kBF16, {tokens, heads, 64});
+    };
+    inputs.q = make(4);
+    for (ConstTensor* t : {&inputs.k_cmp, &inputs.v_cmp, &inputs.k_slc, &inputs.v_slc,
+                           &inputs.k_win, &inputs.v_win}) {
+      *t = make(2);
+    }
+    gate.resize(tokens * 4 * 3, 0.5f);
+    inputs.gate = ConstTensor(gate.data(), DType::kF32, {tokens, 4, 3});
+    outputs.o = make(4);
+  }
+};
+
+class EngineTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    auto group = comm::LoopbackGroup::Create(kRanks, {.timeout = absl::Seconds(20)});
+    ASSERT_TRUE(group.ok()) << group.status();
+    for (int r = 0; r < kRanks; ++r) {
+      ranks_.emplace_back(r);
+      ranks_.back().communicator = std::move((*group)[r]);
+      ranks_.back().kernels = *kernels::CpuKernels::Create({.num_threads = 1});
+    }
+  }
+
+  template <typename Do>
+  void OnEachRank(Do action) {
+    std::vector<std::thread> threads;
+    for (Rank& rank : ranks_) threads.emplace_back([&rank, &action] { action(rank); });
+    for (std::thread& thread : threads) thread.join();
+  }
+  void Create() {
+    OnEachRank([](Rank& rank) { rank.Create(); });
+  }
+  std::vector<absl::Status> Forward() {
+    std::vector<absl::Status> statuses(kRanks);
+    OnEachRank([&statuses](Rank& rank) {
+      statuses[rank.rank] = rank.engine->Forward(rank.inputs, rank.outputs);
+    });
+    return statuses;
+  }
+  void ExpectCreateFails(absl::StatusCode code, const std::string& part) {
+    Create();
+    for (const Rank& rank : ranks_) {
+      EXPECT_EQ(rank.create_status.code(), code) << rank.create_status;
+      EXPECT_THAT(std::string(rank.create_status.message()), HasSubstr(part));
+      EXPECT_EQ(rank.create_status, ranks_[0].create_status) << "the same on every rank";
+    }
+  }
+  // Spoils the inputs of rank 1, expects the error everywhere, and that the engine goes on
+  // afterwards.
+  template <typename Spoil>
+  void ExpectForwardFails(const std::string& part, Spoil spoil) {
+    SCOPED_TRACE(part);
+    const ForwardInputs inputs = ranks_[1].inputs;
+    const ForwardOutputs outputs = ranks_[1].outputs;
+    spoil(ranks_[1]);
+    for (const absl::Status& status : Forward()) {
+      EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+      EXPECT_THAT(std::string(status.message()), HasSubstr(part));
+    }
+    ranks_[1].inputs = inputs;
+    ranks_[1].outputs = outputs;
+    for (const absl::Status& status : Forward()) EXPECT_TRUE(status.ok()) << status;
+  }
+
+  std::vector<Rank> ranks_;
+};
+
+TEST_F(EngineTest, DifferentConfigsAreAnErrorOnEveryRank) {
+  ranks_[2].options.config.num_selected_blocks = 4;
+  ExpectCreateFails(absl::StatusCode::kInvalidArgument,
+                    "num_selected_blocks: rank 2 has 4, rank 0 has 3");
+}
+
+TEST_F(EngineTest, DifferentDTypesAreAnErrorOnEveryRank) {
+  ranks_[0].options.dtype = DType::kF32;
+  ExpectCreateFails(absl::StatusCode::kInvalidArgument, "dtype: rank 1 has bf16, rank 0 has f32");
+}
+
+TEST_F(EngineTest, DifferentPlansAreAnErrorOnEveryRank) {
+  ranks_[1].sharding = "100,50,50";
+  ExpectCreateFails(absl::StatusCode::kInvalidArgument,
+                    "chunks[0]: rank 1 has tokens [0, 100) on rank 0, rank 0 has tokens [0, 67)");
+}
+
+TEST_F(EngineTest, InvalidConfigOfOneRankIsAnErrorOnEveryRank) {
+  ranks_[1].options.config.softmax_scale = std::nanf("");
+  ExpectCreateFails(absl::StatusCode::kInvalidArgument, "rank 1: config: softmax_scale = nan");
+}
+
+TEST_F(EngineTest, PlanForAnotherNumberOfRanks) {
+  auto group = comm::LoopbackGroup::Create(1);
+  ASSERT_TRUE(group.ok());
+  const auto engine =
+      Engine::Create({.config = SmallConfig()}, *ShardPlan::Parse("contiguous", kTokens, 2),
+                     std::move((*group)[0]), ranks_[0].kernels);
+  EXPECT_THAT(std::string(engine.status().message()),
+              HasSubstr("num_ranks = 2: must be the communicator's 1"));
+}
+
+TEST_F(EngineTest, FetchBudgetOfOneRankIsTooSmall) {
+  ranks_[2].options.fetch_budget_bytes = 1000;
+  ExpectCreateFails(absl::StatusCode::kInvalidArgument, "rank 2: fetch_budget_bytes = 1000");
+}
+
+TEST_F(EngineTest, OutOfMemoryOfOneRankIsAnErrorOnEveryRank) {
+  class NoMemory : public test::DelegatingKernels {
+   public:
+    using DelegatingKernels::DelegatingKernels;
+    absl::StatusOr<std::unique_ptr<kernels::Memory>> Allocate(int64_t num_bytes) override {
+      return DelegatingKernels::Allocate(num_bytes << 30);
+    }
+  };
+  ranks_[1].kernels = std::make_shared<NoMemory>(ranks_[1].kernels);
+  ExpectCreateFails(absl::StatusCode::kResourceExhausted, "rank 1: ");
+}
+
+TEST_F(EngineTest, WrongTensorsOfOneRankAreAnErrorOnEveryRankAndTheEngineGoesOn) {
+  Create();
+  for (Rank& rank : ranks_) ASSERT_TRUE(rank.create_status.ok()) << rank.create_status;
+  ExpectForwardFails("rank 1: q.shape = [67,4,32]: must be [67,4,64]",
+                     [](Rank& r) { r.inputs.q.shape[2] = 32; });
+  ExpectForwardFails("rank 1: k_slc.dtype = f16: must be bf16",
+                     [](Rank& r) { r.inputs.k_slc.dtype = DType::kF16; });
+  ExpectForwardFails("rank 1: v_win.data = null", [](Rank& r) { r.inputs.v_win.data = nullptr; });
+  ExpectForwardFails("rank 1: gate.shape", [](Rank& r) { r.inputs.gate.shape = {67, 4}; });
+  ExpectForwardFails("rank 1: o.data = null", [](Rank& r) { r.outputs.o.data = nullptr; });
+  ExpectForwardFails("rank 1: k_cmp.strides[2] = 2",
+                     [](Rank& r) { r.inputs.k_cmp.strides[2] = 2; });
+  ExpectForwardFails("rank 1: v_cmp.data: must be aligned", [](Rank& r) {
+    r.inputs.v_cmp.data = static_cast<const char*>(r.inputs.v_cmp.data) + 1;
+  });
+  ExpectForwardFails("branches that share k and v: rank 1 has {cmp slc win}",
+                     [](Rank& r) { r.inputs.SetSharedKv(r.inputs.k_cmp, r.inputs.v_cmp); });
+}
+
+TEST_F(EngineTest, MissingAndWrongCompressorParameters) {
+  for (Rank& rank : ranks_) rank.options.config.compressor = Compressor::kMlp;
+  Create();
+  std::vector<float> weights(1 << 20);
+  auto params = [&weights](int64_t hidden) {
+    auto tensor = [&weights](Dims shape) {
+      return ConstTensor(weights.data(), DType::kF32, std::move(shape));
+    };
+    CompressorParams p;
+    p.w1 = tensor({1, hidden, 32 * 64});
+    p.b1 = tensor({1, hidden});
+    p.w2 = tensor({1, 64, hidden});
+    p.b2 = tensor({1, 64});
+    return p;
+  };
+  for (Rank& rank : ranks_) rank.inputs.compress_k = rank.inputs.compress_v = params(8);
+  ExpectForwardFails("rank 1: compress_k.w1.data = null",
+                     [](Rank& r) { r.inputs.compress_k = {}; });
+  ExpectForwardFails("rank 1: compress_v.b1.shape = [1,9]: must be [1,8]",
+                     [&](Rank& r) { r.inputs.compress_v.b1 = params(9).b1; });
+  ExpectForwardFails("rank 1: compress_v.w2.dtype = f16: must be f32",
+                     [](Rank& r) { r.inputs.compress_v.w2.dtype = DType::kF16; });
+  ExpectForwardFails("rank 1: compress_k.w1.shape[0] = 3: must be 1 or num_kv_heads = 2",
+                     [](Rank& r) { r.inputs.compress_k.w1.shape[0] = 3; });
+  ExpectForwardFails("compress_k hidden width: rank 1 has 16, rank 0 has 8",
+                     [&](Rank& r) { r.inputs.compress_k = params(16); });
+}
+
+TEST_F(EngineTest, FailureOfOneRankInTheMiddleReachesTheOthersAtOnce) {
+  class FailingWindow : public test::DelegatingKernels {
+   public:
+    using DelegatingKernels::DelegatingKernels;
+    absl::Status AttendWindow(const kernels::AttendWindowParams&, void*) override {
+      return absl::InternalError("the window kernel failed");
+    }
+  };
+  ranks_[2].kernels = std::make_shared<FailingWindow>(ranks_[2].kernels);
+  Create();
+  const absl::Time begin = absl::Now();
+  const std::vector<absl::Status> statuses = Forward();
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(10));
+  EXPECT_EQ(statuses[2].code(), absl::StatusCode::kInternal);
+  // A rank may have finished before the failure; the next call tells it.
+  const std::vector<absl::Status> next = Forward();
+  for (int r : {0, 1}) {
+    const absl::Status& status = statuses[r].ok() ? next[r] : statuses[r];
+    EXPECT_EQ(status.code(), absl::StatusCode::kAborted) << status;
+    EXPECT_THAT(std::string(status.message()), HasSubstr("the window kernel failed"));
+  }
+}
+
+TEST_F(EngineTest, StagesAreAnnouncedInOrder) {
+  std::vector<std::string> stages;
+  ranks_[1].options.on_stage = [&stages](absl::string_view stage) {
+    stages.push_back(std::string(stage));
+  };
+  Create();
+  for (const absl::Status& status : Forward()) ASSERT_TRUE(status.ok()) << status;
+  EXPECT_THAT(stages, ::testing::ElementsAre("agree", "halo", "compress", "pack", "all-gather",
+                                             "window", "score+select", "fetch", "attend+gate"));
+  EXPECT_EQ(ranks_[1].engine->last_stats().stages_size(), static_cast<int>(stages.size()));
+}
+
+}  // namespace
+}  // namespace nsa

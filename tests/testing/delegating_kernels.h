@@ -1,0 +1,63 @@
+// Kernels that pass every call on, for tests to override some.
+#ifndef TESTS_TESTING_DELEGATING_KERNELS_H_
+#define TESTS_TESTING_DELEGATING_KERNELS_H_
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/kernels.h"
+
+namespace nsa::test {
+
+class DelegatingKernels : public kernels::Kernels {
+ public:
+  explicit DelegatingKernels(std::shared_ptr<kernels::Kernels> to) : to_(std::move(to)) {}
+
+  absl::Status Supports(const kernels::AttentionDims& dims) const override {
+    return to_->Supports(dims);
+  }
+  int64_t RecordBytes(const kernels::AttentionDims& dims) const override {
+    return to_->RecordBytes(dims);
+  }
+  absl::StatusOr<std::unique_ptr<kernels::Memory>> Allocate(int64_t num_bytes) override {
+    return to_->Allocate(num_bytes);
+  }
+  absl::Status CopyFromHost(void* dst, const void* src, int64_t num_bytes, void* stream) override {
+    return to_->CopyFromHost(dst, src, num_bytes, stream);
+  }
+  absl::Status CopyToHost(void* dst, const void* src, int64_t num_bytes, void* stream) override {
+    return to_->CopyToHost(dst, src, num_bytes, stream);
+  }
+  absl::Status Synchronize(void* stream) override { return to_->Synchronize(stream); }
+  absl::Status CopyRows(const kernels::CopyRowsParams& params, void* stream) override {
+    return to_->CopyRows(params, stream);
+  }
+  absl::Status Compress(const kernels::CompressParams& params, void* stream) override {
+    return to_->Compress(params, stream);
+  }
+  absl::Status PackBlocks(const kernels::PackBlocksParams& params, void* stream) override {
+    return to_->PackBlocks(params, stream);
+  }
+  absl::Status ScoreAndSelect(const kernels::ScoreAndSelectParams& params, void* stream) override {
+    return to_->ScoreAndSelect(params, stream);
+  }
+  absl::Status PlanFetch(const kernels::PlanFetchParams& params, void* stream) override {
+    return to_->PlanFetch(params, stream);
+  }
+  absl::Status AttendSelected(const kernels::AttendSelectedParams& params, void* stream) override {
+    return to_->AttendSelected(params, stream);
+  }
+  absl::Status AttendWindow(const kernels::AttendWindowParams& params, void* stream) override {
+    return to_->AttendWindow(params, stream);
+  }
+
+ private:
+  std::shared_ptr<kernels::Kernels> to_;
+};
+
+}  // namespace nsa::test
+
+#endif  // TESTS_TESTING_DELEGATING_KERNELS_H_
