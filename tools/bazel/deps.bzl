@@ -21,7 +21,7 @@ _ABSL_LABELS = {
     "cleanup": ["cleanup"],
     "container": ["btree", "fixed_array", "flat_hash_map", "flat_hash_set", "inlined_vector", "node_hash_map"],
     "debugging": ["failure_signal_handler", "stacktrace", "symbolize"],
-    "flags": ["flag", "parse", "usage"],
+    "flags": ["flag", "parse", "usage", "usage_config"],
     "functional": ["any_invocable", "bind_front", "function_ref"],
     "hash": ["hash"],
     "memory": ["memory"],
