@@ -14,13 +14,6 @@ inline float FloatFromBF16(uint16_t bits) {
   return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
-// Nearest, ties to even. A NaN stays a NaN.
-inline uint16_t BF16FromFloat(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if (std::isnan(value)) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 inline float FloatFromF16(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
   const uint32_t exponent = (bits >> 10) & 0x1f;
@@ -60,21 +53,6 @@ inline float LoadFloat(DType dtype, const void* values, int64_t i) {
       break;
   }
   return static_cast<const float*>(values)[i];
-}
-
-// Element i becomes the nearest value of `dtype`.
-inline void StoreFloat(DType dtype, float value, void* values, int64_t i) {
-  switch (dtype) {
-    case DType::kF32:
-      static_cast<float*>(values)[i] = value;
-      return;
-    case DType::kBF16:
-      static_cast<uint16_t*>(values)[i] = BF16FromFloat(value);
-      return;
-    case DType::kF16:
-      static_cast<uint16_t*>(values)[i] = F16FromFloat(value);
-      return;
-  }
 }
 
 }  // namespace nsa::kernels::cpu

@@ -8,7 +8,8 @@
 
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_kernels.h"
-#include "kernels/cpu/stage_runner.h"
+#include "kernels/cpu/instruction_set.h"
+#include "kernels/cpu/stages_testing.h"
 #include "tests/testing/compare.h"
 
 namespace nsa::kernels::cpu {
@@ -105,6 +106,17 @@ TEST_P(InvarianceTest, HaloAndSlots) {
 TEST_P(InvarianceTest, OneQueryACall) {
   const StageProblem problem = Problem();
   ExpectSameBits(problem, RunOnce(problem, {}, 1), RunOnce(problem, {.one_query_a_call = true}, 1));
+}
+
+TEST_P(InvarianceTest, InstructionSets) {
+  const StageProblem problem = Problem();
+  const StageOutputs expected = RunOnce(problem, {}, 1);
+  for (int64_t set : InstructionSets()) {
+    if (!HasFma(set) || !HasFma(InstructionSets().front())) continue;
+    SCOPED_TRACE(NameOfInstructionSet(set));
+    const ScopedInstructionSet scope(set);
+    ExpectSameBits(problem, expected, RunOnce(problem, {}, 1));
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, InvarianceTest, ::testing::Range(0, 4));

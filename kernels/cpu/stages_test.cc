@@ -7,7 +7,8 @@
 
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_kernels.h"
-#include "kernels/cpu/stage_runner.h"
+#include "kernels/cpu/instruction_set.h"
+#include "kernels/cpu/stages_testing.h"
 #include "tests/testing/compare.h"
 
 namespace nsa::kernels::cpu {
@@ -81,6 +82,16 @@ TEST(StagesTest, StorageTypes) {
       SCOPED_TRACE(NameOf(dtype));
       ExpectAgreement(
           MakeStageProblem(SmallConfig(), {0, 701}, {.dtype = dtype, .gate_dtype = gate_dtype}, 1));
+    }
+  }
+}
+
+TEST(StagesTest, InstructionSets) {
+  for (int64_t set : InstructionSets()) {
+    SCOPED_TRACE(NameOfInstructionSet(set));
+    const ScopedInstructionSet scope(set);
+    for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
+      ExpectAgreement(MakeStageProblem(SmallConfig(), {0, 333}, {.dtype = dtype}, 16));
     }
   }
 }

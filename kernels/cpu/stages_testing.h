@@ -1,7 +1,7 @@
 // Runs the CPU stages one after another on one problem, without ranks: for tests that compare them
 // with the reference, or with themselves under another layout of the same tokens.
-#ifndef KERNELS_CPU_STAGE_RUNNER_H_
-#define KERNELS_CPU_STAGE_RUNNER_H_
+#ifndef KERNELS_CPU_STAGES_TESTING_H_
+#define KERNELS_CPU_STAGES_TESTING_H_
 
 #include <cstdint>
 #include <vector>
@@ -57,4 +57,4 @@ absl::StatusOr<StageOutputs> RunStages(const StageProblem& problem, const StageL
 
 }  // namespace nsa::kernels::cpu
 
-#endif  // KERNELS_CPU_STAGE_RUNNER_H_
+#endif  // KERNELS_CPU_STAGES_TESTING_H_

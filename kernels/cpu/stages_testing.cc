@@ -1,4 +1,4 @@
-#include "kernels/cpu/stage_runner.h"
+#include "kernels/cpu/stages_testing.h"
 
 #include <algorithm>
 #include <cstring>
