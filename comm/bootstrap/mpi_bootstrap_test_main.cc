@@ -1,0 +1,51 @@
+// Run by mpirun: every rank gathers by an MPI-made Bootstrap, then sees rank 1 leave.
+#include <unistd.h>
+
+#include <cstdio>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "comm/bootstrap/mpi_bootstrap.h"
+
+namespace nsa::comm {
+namespace {
+
+absl::Status RunRank() {
+  if (!absl::IsFailedPrecondition(CreateMpiBootstrap().status())) {
+    return absl::InternalError("a bootstrap without MPI");
+  }
+  auto session = MpiSession::Start();
+  if (!session.ok()) return session.status();
+  if (MpiSession::Start().ok()) return absl::InternalError("two sessions");
+  for (int round = 0; round < 3; ++round) {
+    auto bootstrap = CreateMpiBootstrap({absl::Seconds(20)});
+    if (!bootstrap.ok()) return bootstrap.status();
+    if ((*bootstrap)->rank() != (*session)->rank() || (*bootstrap)->size() != (*session)->size()) {
+      return absl::InternalError("rank or size");
+    }
+    auto all =
+        (*bootstrap)
+            ->AllGather(absl::StrCat("rank ", (*session)->rank()), absl::Seconds(10), "test");
+    if (!all.ok()) return all.status();
+    for (int rank = 0; rank < (*session)->size(); ++rank) {
+      if ((*all)[rank] != absl::StrCat("rank ", rank)) return absl::InternalError((*all)[rank]);
+    }
+  }
+  // A rank that does not come in time is named, and MPI is not finalised over it.
+  if (auto bad = CreateMpiBootstrap({absl::ZeroDuration()}); bad.ok()) {
+    return absl::InternalError("a timeout of 0");
+  }
+  return (*session)->Finish(absl::Seconds(20));
+}
+
+}  // namespace
+}  // namespace nsa::comm
+
+int main() {
+  const absl::Status status = nsa::comm::RunRank();
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "%s\n", status.ToString().c_str());
+  return 1;
+}

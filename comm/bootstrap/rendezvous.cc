@@ -1,0 +1,286 @@
+#include "comm/bootstrap/rendezvous.h"
+
+#include <poll.h>
+
+#include <algorithm>
+#include <list>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "comm/errors.h"
+#include "comm/wire.h"
+
+namespace nsa::comm {
+namespace {
+
+constexpr size_t kMagicBytes = 8;
+constexpr int64_t kMaxMessageBytes = 1 << 16;
+// A server that is not ours need not say anything; ours greets at once.
+constexpr absl::Duration kGreetingTime = absl::Seconds(1);
+constexpr absl::Duration kConnectTime = absl::Seconds(2);
+// A verdict is a few bytes to an idle connection.
+constexpr absl::Duration kVerdictTime = absl::Seconds(1);
+constexpr absl::Duration kLatecomerTime = absl::Seconds(2);
+constexpr absl::Duration kFirstRetry = absl::Milliseconds(5);
+constexpr absl::Duration kLastRetry = absl::Milliseconds(100);
+
+// [magic 8][length int64][payload]
+std::string Envelope(const WireWriter& payload) {
+  WireWriter length;
+  length.PutInt64(static_cast<int64_t>(payload.bytes().size()));
+  return absl::StrCat(absl::string_view(kRendezvousMagic, kMagicBytes), length.bytes(),
+                      payload.bytes());
+}
+
+absl::StatusOr<std::string> ReceiveEnvelope(const Fd& socket, absl::Time deadline) {
+  std::string head;
+  if (absl::Status s = ReceiveAll(socket, kMagicBytes + sizeof(int64_t), head, deadline); !s.ok()) {
+    return s;
+  }
+  WireReader reader(absl::string_view(head).substr(kMagicBytes));
+  const int64_t length = reader.GetInt64();
+  if (head.substr(0, kMagicBytes) != absl::string_view(kRendezvousMagic, kMagicBytes) ||
+      length < 0 || length > kMaxMessageBytes) {
+    return absl::NotFoundError("not our protocol");
+  }
+  std::string payload;
+  if (absl::Status s = ReceiveAll(socket, length, payload, deadline); !s.ok()) return s;
+  return payload;
+}
+
+// Greeting and hello. The group comes first in every version, so that strangers are told apart from
+// ranks of another build.
+struct Introduction {
+  std::string group;
+  int64_t version = 0;
+  int64_t world_size = 0;
+  int64_t rank = 0;
+  bool ok = false;
+};
+
+std::string Introduce(const Meeting& meeting, int rank) {
+  WireWriter payload;
+  payload.PutString(meeting.group);
+  payload.PutInt64(kRendezvousVersion);
+  payload.PutInt64(meeting.world_size);
+  payload.PutInt64(rank);
+  return Envelope(payload);
+}
+
+Introduction ReadIntroduction(absl::string_view payload) {
+  WireReader reader(payload);
+  Introduction introduction;
+  introduction.group = reader.GetString();
+  introduction.version = reader.GetInt64();
+  introduction.world_size = reader.GetInt64();
+  introduction.rank = reader.GetInt64();
+  introduction.ok = reader.ok();
+  return introduction;
+}
+
+std::string Verdict(const absl::Status& status) {
+  WireWriter payload;
+  payload.PutInt64(static_cast<int64_t>(status.code()));
+  payload.PutString(status.message());
+  return Envelope(payload);
+}
+
+// What keeps a newcomer of our group from taking part.
+absl::Status CheckNewcomer(const Introduction& hello, const Meeting& meeting,
+                           absl::Span<const Fd> joined) {
+  if (hello.version != kRendezvousVersion) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "rendezvous: rank ", hello.rank, " speaks protocol version ", hello.version,
+        ", rank 0 version ", kRendezvousVersion, "; all ranks must run the same build"));
+  }
+  if (!hello.ok || hello.world_size != meeting.world_size) {
+    return absl::InvalidArgumentError(absl::StrCat("world_size (WORLD_SIZE): rank ", hello.rank,
+                                                   " says ", hello.world_size, ", rank 0 says ",
+                                                   meeting.world_size, "; all ranks must agree"));
+  }
+  const bool in_range = hello.rank >= 0 && hello.rank < meeting.world_size;
+  if (!in_range || hello.rank == 0 || joined[hello.rank].valid()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("rank (RANK): two processes of the group say that they are rank ", hello.rank,
+                     "; each must have its own"));
+  }
+  return absl::OkStatus();
+}
+
+// The state of rank 0 while it waits.
+class Server {
+ public:
+  explicit Server(const Meeting& meeting) : meeting_(meeting), joined_(meeting.world_size) {}
+
+  absl::StatusOr<std::vector<Fd>> Serve(const Fd& listener) {
+    const absl::Status status = WaitForAll(listener);
+    const std::string verdict = Verdict(status);
+    const absl::Time deadline = absl::Now() + kVerdictTime;
+    absl::Status sent;
+    for (int rank = 1; rank < meeting_.world_size; ++rank) {
+      if (!joined_[rank].valid()) continue;
+      if (absl::Status s = SendAll(joined_[rank], verdict, deadline); !s.ok() && sent.ok()) {
+        sent = PeerDied(rank, absl::StrCat("during rendezvous: ", s.message()));
+      }
+    }
+    for (const Fd& rejected : rejected_) SendAll(rejected, verdict, deadline).IgnoreError();
+    if (!status.ok()) {
+      TellLatecomers(listener, verdict);
+      return status;
+    }
+    if (!sent.ok()) return sent;
+    return std::move(joined_);
+  }
+
+ private:
+  absl::Status WaitForAll(const Fd& listener) {
+    while (num_joined_ + 1 < meeting_.world_size) {
+      if (absl::Now() >= meeting_.deadline) {
+        std::vector<int> missing;
+        for (int rank = 1; rank < meeting_.world_size; ++rank) {
+          if (!joined_[rank].valid()) missing.push_back(rank);
+        }
+        return WaitTimedOut("rendezvous", 0, missing, meeting_.timeout);
+      }
+      std::vector<pollfd> entries = {{listener.get(), POLLIN, 0}};
+      for (const Fd& guest : guests_) entries.push_back({guest.get(), POLLIN, 0});
+      for (const Fd& rank : joined_) entries.push_back({rank.get(), POLLIN, 0});  // -1 is ignored
+      if (poll(entries.data(), entries.size(), PollTimeout(meeting_.deadline)) <= 0) continue;
+
+      size_t entry = 1;
+      for (auto guest = guests_.begin(); guest != guests_.end(); ++entry) {
+        if (entries[entry].revents == 0) {
+          ++guest;
+          continue;
+        }
+        if (absl::Status s = Welcome(std::move(*guest)); !s.ok()) return s;
+        guest = guests_.erase(guest);
+      }
+      for (int rank = 0; rank < meeting_.world_size; ++rank, ++entry) {
+        // A rank that has said hello is silent until its verdict.
+        if (entries[entry].revents != 0) return PeerDied(rank, "it left during rendezvous");
+      }
+      Greet(listener);
+    }
+    return absl::OkStatus();
+  }
+
+  void Greet(const Fd& listener) {
+    for (Fd guest = Accept(listener); guest.valid(); guest = Accept(listener)) {
+      if (SendAll(guest, greeting_, absl::Now() + kVerdictTime).ok()) {
+        guests_.push_back(std::move(guest));
+      }
+    }
+  }
+
+  // After an error, for ranks that are still on their way: else they would look for rank 0 until
+  // their deadline and not learn why.
+  void TellLatecomers(const Fd& listener, absl::string_view verdict) {
+    const absl::Time end = std::min(meeting_.deadline, absl::Now() + kLatecomerTime);
+    int left = meeting_.world_size - 1 - num_joined_ - static_cast<int>(rejected_.size());
+    while (left > 0 && absl::Now() < end) {
+      std::vector<pollfd> entries = {{listener.get(), POLLIN, 0}};
+      for (const Fd& guest : guests_) entries.push_back({guest.get(), POLLIN, 0});
+      if (poll(entries.data(), entries.size(), PollTimeout(end)) <= 0) continue;
+      size_t entry = 1;
+      for (auto guest = guests_.begin(); guest != guests_.end(); ++entry) {
+        if (entries[entry].revents == 0) {
+          ++guest;
+          continue;
+        }
+        if (const auto hello = ReceiveEnvelope(*guest, end);
+            hello.ok() && ReadIntroduction(*hello).group == meeting_.group) {
+          SendAll(*guest, verdict, end).IgnoreError();
+          --left;
+        }
+        guest = guests_.erase(guest);
+      }
+      Greet(listener);
+    }
+  }
+
+  // Reads the hello of a guest, which has begun to arrive, and lets it join.
+  absl::Status Welcome(Fd guest) {
+    const absl::StatusOr<std::string> payload =
+        ReceiveEnvelope(guest, std::min(meeting_.deadline, absl::Now() + kVerdictTime));
+    if (!payload.ok()) return absl::OkStatus();  // a stranger
+    const Introduction hello = ReadIntroduction(*payload);
+    if (hello.group != meeting_.group) return absl::OkStatus();
+    if (absl::Status s = CheckNewcomer(hello, meeting_, joined_); !s.ok()) {
+      rejected_.push_back(std::move(guest));
+      return s;
+    }
+    joined_[hello.rank] = std::move(guest);
+    ++num_joined_;
+    return absl::OkStatus();
+  }
+
+  const Meeting& meeting_;
+  const std::string greeting_ = Introduce(meeting_, 0);
+  std::list<Fd> guests_;      // greeted, have not answered
+  std::vector<Fd> joined_;    // [world size]
+  std::vector<Fd> rejected_;  // still to be told why
+  int num_joined_ = 0;
+};
+
+}  // namespace
+
+absl::StatusOr<std::vector<Fd>> ServeRendezvous(const Fd& listener, const Meeting& meeting) {
+  return Server(meeting).Serve(listener);
+}
+
+absl::StatusOr<Fd> TryJoin(const SocketAddress& endpoint, int rank, const Meeting& meeting) {
+  const absl::Time now = absl::Now();
+  absl::StatusOr<Fd> socket = Connect(endpoint, std::min(meeting.deadline, now + kConnectTime));
+  if (!socket.ok()) return absl::NotFoundError(socket.status().message());
+  const absl::StatusOr<std::string> greeting =
+      ReceiveEnvelope(*socket, std::min(meeting.deadline, absl::Now() + kGreetingTime));
+  if (!greeting.ok() || ReadIntroduction(*greeting).group != meeting.group) {
+    return absl::NotFoundError(
+        absl::StrCat(endpoint.ToString(), " is not the rank 0 of this group"));
+  }
+  if (absl::Status s = SendAll(*socket, Introduce(meeting, rank), meeting.deadline); !s.ok()) {
+    return absl::NotFoundError(s.message());
+  }
+  // Rank 0 has the same deadline, give or take, and knows who is missing: let it speak first.
+  const absl::StatusOr<std::string> payload =
+      ReceiveEnvelope(*socket, meeting.deadline + kVerdictTime);
+  if (absl::IsDeadlineExceeded(payload.status())) {
+    return WaitTimedOut("rendezvous", rank, {0}, meeting.timeout);
+  }
+  if (!payload.ok()) {
+    return PeerDied(0, absl::StrCat("during rendezvous: ", payload.status().message()));
+  }
+  WireReader reader(*payload);
+  const auto code = static_cast<absl::StatusCode>(reader.GetInt64());
+  const std::string message = reader.GetString();
+  if (!reader.ok()) return absl::InternalError("rendezvous: rank 0 sent no verdict");
+  if (code != absl::StatusCode::kOk) return absl::Status(code, message);
+  return socket;
+}
+
+absl::StatusOr<Fd> JoinRendezvous(absl::Span<const SocketAddress> endpoints, int rank,
+                                  const Meeting& meeting) {
+  absl::Duration pause = kFirstRetry;
+  std::string last;
+  while (true) {
+    for (const SocketAddress& endpoint : endpoints) {
+      absl::StatusOr<Fd> socket = TryJoin(endpoint, rank, meeting);
+      if (socket.ok() || !absl::IsNotFound(socket.status())) return socket;
+      // The first attempt always counts, later ones only if they had any time.
+      if (last.empty() || absl::Now() < meeting.deadline) {
+        last = std::string(socket.status().message());
+      }
+    }
+    if (absl::Now() >= meeting.deadline) {
+      const absl::Status late = WaitTimedOut("rendezvous", rank, {0}, meeting.timeout);
+      return absl::DeadlineExceededError(
+          absl::StrCat(late.message(), " at ", endpoints.front().ToString(), " to ",
+                       endpoints.back().ToString(), "; the last attempt: ", last));
+    }
+    absl::SleepFor(std::min(pause, meeting.deadline - absl::Now()));
+    pause = std::min(pause * 2, kLastRetry);
+  }
+}
+
+}  // namespace nsa::comm
