@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The program's flags, exit codes and files; what it computes is tested in run_file_test.cc.
+set -uo pipefail
+nsa_run=$1 write_test_input=$2
+failures=0
+files=$TEST_TMPDIR/files
+mkdir -p "$files"
+"$write_test_input" "$files" || exit 1
+
+fail() {
+  echo "FAILED: $*" >&2
+  failures=$((failures + 1))
+}
+
+# expect CODE PATTERN COMMAND...: the exit code, and a pattern in what it prints.
+expect() {
+  local code=$1 pattern=$2 output actual
+  shift 2
+  output=$("$@" 2>&1)
+  actual=$?
+  if [[ $actual != "$code" ]] || ! grep -qE -- "$pattern" <<<"$output"; then
+    fail "$*: exit code $actual, expected $code and /$pattern/ in: $output"
+  fi
+}
+
+run=("$nsa_run" --config "$files/config.json" --input "$files/in.safetensors")
+expect 0 '' "${run[@]}" --output "$files/one" --all
+expect 0 'remote picks' "${run[@]}" --output "$files/three" --all --backend loopback --ranks 3 \
+  --threads 1 --stats --stats_proto "$files/stats.textproto" --svg "$files/drawings"
+cmp "$files/one" "$files/three" || fail "one rank and three ranks differ"
+[[ -s $files/stats.textproto ]] || fail "no stats.textproto"
+[[ $(ls "$files/drawings") == $'fetch_matrix.svg\nselection_map.svg\nsharding.svg' ]] ||
+  fail "drawings: $(ls "$files/drawings")"
+
+bad=("${run[@]}" --output "$files/bad")
+expect 1 'Native Sparse Attention' "$nsa_run" --help
+expect 1 'backend' "$nsa_run" --help
+expect 1 'input: must name a file' "$nsa_run" --output "$files/bad"
+expect 1 'output: must name a file' "${run[@]}"
+expect 1 'no_such_file' "${bad[@]}" --input no_such_file
+expect 1 'no_such_config.json' "${bad[@]}" --config no_such_config.json
+expect 1 'no_such_flag' "${bad[@]}" --no_such_flag
+expect 1 'only flags are taken' "${bad[@]}" 3
+expect 1 'backend = "telepathy"' "${bad[@]}" --backend telepathy
+expect 1 'ranks = -2' "${bad[@]}" --ranks=-2
+expect 1 'threads = -1' "${bad[@]}" --threads=-1
+expect 1 'timeout_s = 0' "${bad[@]}" --timeout_s 0
+expect 1 'fetch_budget_mib = -1' "${bad[@]}" --fetch_budget_mib=-1
+expect 1 'sharding = "zigzog"' "${bad[@]}" --sharding zigzog
+expect 1 'WORLD_SIZE' env RANK=0 "${bad[@]}"
+[[ ! -e $files/bad ]] || fail "an output was written in spite of an error"
+
+exit "$((failures > 0))"
