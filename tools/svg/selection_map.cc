@@ -23,6 +23,11 @@ constexpr Rgb kForced = {0.93, 0.49, 0.08};
 constexpr Rgb kChosen = {0.10, 0.32, 0.66};
 constexpr int kShades = 6;
 
+// "37%", and with two digits below ten.
+std::string Percent(double share) {
+  return absl::StrFormat(share >= 0.1 ? "%.0f%%" : "%.2g%%", 100 * share);
+}
+
 // Picks that fell into one cell.
 struct Cell {
   int64_t forced = 0;
@@ -268,12 +273,11 @@ class SelectionDrawing {
         canvas_.Rect(kLeft + 12.0 * (shade - 1), y - 10, 12, 12,
                      HexColor(ColorOf(forced ? shade : 0, forced ? 0 : shade)));
       }
-      canvas_.Text(
-          kLeft + 84, y,
-          full > 0 ? absl::StrFormat("%s; darkest: %.2g%% or more of a cell's (query, block) pairs",
-                                     what, 100 * full)
-                   : absl::StrCat(what, ": none"),
-          style);
+      canvas_.Text(kLeft + 84, y,
+                   full > 0 ? absl::StrCat(what, "; darkest: ", Percent(full),
+                                           " or more of a cell's (query, block) pairs")
+                            : absl::StrCat(what, ": none"),
+                   style);
     };
     ramp(top, true, full_forced_, "forced");
     ramp(top + 22, false, full_chosen_, "chosen by score");
