@@ -1,6 +1,7 @@
 #include "nsa/plan/workspace.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "absl/strings/str_cat.h"
 
@@ -95,8 +96,15 @@ absl::StatusOr<WorkspaceLayout> MakeWorkspaceLayout(const kernels::AttentionDims
                      record_bytes, " bytes that one query may select"));
   }
   layout.fetch_capacity = std::min(remote_records, fetch_budget_bytes / record_bytes);
+  const int64_t own_records = rank_plan.num_own_slc_blocks * kv_heads;
+  if (own_records + layout.fetch_capacity > std::numeric_limits<int32_t>::max()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shard plan: rank ", rank_plan.rank, " would hold ", own_records,
+                     " records of its own and ", layout.fetch_capacity,
+                     " fetched: must be at most 2^31 - 1 together"));
+  }
   layout.single_piece = layout.fetch_capacity == remote_records;
-  layout.window_bytes = rank_plan.num_own_slc_blocks * kv_heads * record_bytes;
+  layout.window_bytes = own_records * record_bytes;
 
   // One row of k and v of all heads is as large as a row of summaries. Sets of branches that share
   // tensors need no more rows than the branches alone. Each set's k and v parts start aligned.
