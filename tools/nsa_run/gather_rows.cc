@@ -43,7 +43,7 @@ absl::Status GatherRows(const ShardPlan& plan, comm::Communicator& communicator,
                         kernels::Kernels& kernels, const void* rows, int64_t row_bytes,
                         const RowSink& sink) {
   const int rank = communicator.rank();
-  const int64_t max_rows = std::max<int64_t>(1, kBatchBytes / row_bytes);
+  const int64_t max_rows = std::clamp<int64_t>(kBatchBytes / row_bytes, 1, plan.num_tokens());
   std::vector<std::byte> own(max_rows * row_bytes);                    // rows to send
   std::vector<std::byte> batch(rank == 0 ? max_rows * row_bytes : 0);  // rows received
   for (const std::vector<Piece>& pieces : MakeBatches(plan, max_rows)) {
