@@ -164,8 +164,12 @@ class Item {
                      .values = reinterpret_cast<const float*>(values),
                      .width = width};
     }
-    for (int32_t i = 0; i < dims_.head_dim_qk; ++i) {
-      ToFloat(dims_.dtype, keys + i * block_tokens * element_bytes, width, s_.keys + i * width);
+    if (width == block_tokens) {
+      ToFloat(dims_.dtype, keys, static_cast<int64_t>(width) * dims_.head_dim_qk, s_.keys);
+    } else {
+      for (int64_t i = 0; i < dims_.head_dim_qk; ++i) {
+        ToFloat(dims_.dtype, keys + i * block_tokens * element_bytes, width, s_.keys + i * width);
+      }
     }
     ToFloat(dims_.dtype, values, static_cast<int64_t>(width) * dims_.head_dim_v, s_.values);
     return KeyTile{.keys = s_.keys, .key_stride = width, .values = s_.values, .width = width};

@@ -6,8 +6,21 @@
 namespace nsa::kernels::cpu {
 namespace {
 
-bool Better(const ScoredBlock& a, const ScoredBlock& b) {
-  return a.score != b.score ? a.score > b.score : a.block < b.block;
+struct Better {
+  bool operator()(const ScoredBlock& a, const ScoredBlock& b) const {
+    return a.score != b.score ? a.score > b.score : a.block < b.block;
+  }
+};
+
+// Replaces the top of a heap, in one walk down.
+void ReplaceTop(std::vector<ScoredBlock>& heap, ScoredBlock block) {
+  size_t hole = 0;
+  for (size_t child; (child = 2 * hole + 1) < heap.size(); hole = child) {
+    if (child + 1 < heap.size() && Better()(heap[child], heap[child + 1])) ++child;
+    if (!Better()(block, heap[child])) break;
+    heap[hole] = heap[child];
+  }
+  heap[hole] = block;
 }
 
 }  // namespace
@@ -31,11 +44,9 @@ void SelectBlocks(const AttentionDims& dims, const float* scores, int64_t num_ca
   for (int32_t block = first_free; num_free > 0 && block < first_local; ++block) {
     if (heap.size() < num_free) {
       heap.push_back({scores[block], block});
-      std::push_heap(heap.begin(), heap.end(), Better);
+      if (heap.size() == num_free) std::make_heap(heap.begin(), heap.end(), Better());
     } else if (scores[block] > heap.front().score) {
-      std::pop_heap(heap.begin(), heap.end(), Better);
-      heap.back() = {scores[block], block};
-      std::push_heap(heap.begin(), heap.end(), Better);
+      ReplaceTop(heap, {scores[block], block});
     }
   }
   std::iota(selected, selected + first_free, 0);

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/types/span.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cpu/instruction_set.h"
@@ -258,6 +259,33 @@ TEST(StagesTest, TiedScoresGoToTheLowerIndex) {
         ASSERT_EQ(picks[7], t / 64);
       }
     }
+  }
+}
+
+// Sums over a thousand summaries stay as accurate as over a few.
+TEST(StagesTest, LongDocument) {
+  ReferenceConfig config = SmallConfig();
+  config.num_q_heads = 2;
+  config.num_kv_heads = 1;
+  const StageProblem problem = MakeStageProblem(config, {0, 20000}, {}, 17);
+  const auto kernels = MakeKernels(2);
+  const auto out = RunStages(problem, {}, *kernels);
+  ASSERT_TRUE(out.ok());
+  const std::vector<int64_t> tokens = {12345, 19967, 19999};
+  const auto expected =
+      reference::Forward(config, problem.inputs,
+                         {.given_block_indices = &out->block_indices, .query_tokens = &tokens});
+  ASSERT_TRUE(expected.ok());
+  EXPECT_TRUE(test::SelectionAgrees(config, problem.inputs.cu_seqlens, *expected,
+                                    out->block_indices, {.query_tokens = &tokens}));
+  for (int64_t t : tokens) {
+    const auto row = [&](const std::vector<double>& values) {
+      return absl::MakeConstSpan(values).subspan(t * 128, 128);
+    };
+    const std::vector<double> o_cmp = Decode(DType::kF32, out->o_cmp);
+    const std::vector<double> o = Decode(DType::kF32, out->o);
+    EXPECT_LT(test::RelativeL2(row(expected->o_cmp), row(o_cmp)), 2e-6);
+    EXPECT_LT(test::RelativeL2(row(expected->o), row(o)), 2e-6);
   }
 }
 

@@ -127,26 +127,27 @@ class Runner {
                                       .lse_win = lse_win.data()},
                                      nullptr);
       if (!status.ok()) return status;
-      status = kernels_.AttendSelected({.dims = dims_,
-                                        .queries = queries,
-                                        .query_begin = 0,
-                                        .query_end = tokens,
-                                        .block_indices = indices.data(),
-                                        .locations = locations_.data(),
-                                        .num_blocks = num_slc_blocks_,
-                                        .own_records = own_records_.data(),
-                                        .num_own_records = num_own_records_,
-                                        .slots = slots_.data(),
-                                        .o_slc = o_slc.mutable_view(),
-                                        .lse_slc = lse_slc.data(),
-                                        .gate = {.gate = gate.bytes.data(),
-                                                 .gate_dtype = problem_.options.gate_dtype,
-                                                 .row_stride = gate.row_stride,
-                                                 .head_stride = gate.head_stride,
-                                                 .o_cmp = o_cmp.view(),
-                                                 .o_win = o_win.view(),
-                                                 .o = o.mutable_view()}},
-                                       nullptr);
+      status = kernels_.AttendSelected(
+          {.dims = dims_,
+           .queries = queries,
+           .query_begin = 0,
+           .query_end = tokens,
+           .block_indices = indices.data(),
+           .locations = locations_.data(),
+           .num_blocks = num_slc_blocks_,
+           .own_records = own_records_.data(),
+           .num_own_records = num_own_records_,
+           .slots = slots_.data(),
+           .o_slc = o_slc.mutable_view(),
+           .lse_slc = lse_slc.data(),
+           .gate = {.gate = gate.bytes.data(),
+                    .gate_dtype = problem_.options.gate_dtype,
+                    .row_stride = gate.row_stride,
+                    .head_stride = gate.head_stride,
+                    .o_cmp = o_cmp.view(),
+                    .o_win = o_win.view(),
+                    .o = (layout_.gate_in_place ? o_cmp : o).mutable_view()}},
+          nullptr);
       if (!status.ok()) return status;
     }
 
@@ -156,7 +157,7 @@ class Runner {
     out.o_cmp = Gather(o_cmp);
     out.o_slc = Gather(o_slc);
     out.o_win = Gather(o_win);
-    out.o = Gather(o);
+    out.o = Gather(layout_.gate_in_place ? o_cmp : o);
     out.lse_cmp = Gather(lse_cmp, hq);
     out.lse_slc = Gather(lse_slc, hq);
     out.lse_win = Gather(lse_win, hq);
