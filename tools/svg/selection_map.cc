@@ -23,9 +23,10 @@ constexpr Rgb kForced = {0.93, 0.49, 0.08};
 constexpr Rgb kChosen = {0.10, 0.32, 0.66};
 constexpr int kShades = 6;
 
-// "37%", and with two digits below ten.
-std::string Percent(double share) {
-  return absl::StrFormat(share >= 0.1 ? "%.0f%%" : "%.2g%%", 100 * share);
+// What the darkest shade of a cell stands for.
+std::string DarkestLabel(double share) {
+  if (share > 0.995) return "100%";
+  return absl::StrFormat(share >= 0.1 ? "%.0f%% or more" : "%.2g%% or more", 100 * share);
 }
 
 // Picks that fell into one cell.
@@ -274,8 +275,8 @@ class SelectionDrawing {
                      HexColor(ColorOf(forced ? shade : 0, forced ? 0 : shade)));
       }
       canvas_.Text(kLeft + 84, y,
-                   full > 0 ? absl::StrCat(what, "; darkest: ", Percent(full),
-                                           " or more of a cell's (query, block) pairs")
+                   full > 0 ? absl::StrCat(what, "; darkest: ", DarkestLabel(full),
+                                           " of a cell's (query, block) pairs")
                             : absl::StrCat(what, ": none"),
                    style);
     };
