@@ -144,6 +144,8 @@ class Forward {
                                     .queries = queries(),
                                     .kc = Input(kc_, kv_row(), dims_.head_dim_qk),
                                     .vc = Input(vc_, kv_row(), dims_.head_dim_v),
+                                    .num_cmp_blocks = num_cmp_blocks_,
+                                    .num_documents = 1,
                                     .o_cmp = Output(o_cmp_),
                                     .lse_cmp = nullptr,
                                     .block_indices = indices_.as<int32_t>()},

@@ -90,6 +90,8 @@ struct ScoreAndSelectParams {
   Queries queries;
   ConstTensor3 kc;         // [N,Hkv,Dk] dims.dtype, summaries of k of the whole sequence
   ConstTensor3 vc;         // [N,Hkv,Dv] dims.dtype, summaries of v
+  int64_t num_cmp_blocks;  // N
+  int32_t num_documents;   // of queries.documents
   Tensor3 o_cmp;           // [T,Hq,Dv] dims.dtype; 0 for a query that sees no block
   float* lse_cmp;          // [T,Hq] natural log, nullable; -inf for a query that sees no block
   int32_t* block_indices;  // [T,Hkv,n] ascending, counted in the query's document, -1 padded

@@ -110,14 +110,17 @@ class Runner {
                             .num_segments = static_cast<int32_t>(segments_a_call),
                             .documents = problem_.documents.data(),
                             .num_tokens = tokens};
-      status = kernels_.ScoreAndSelect({.dims = dims_,
-                                        .queries = queries,
-                                        .kc = kc.view(),
-                                        .vc = vc.view(),
-                                        .o_cmp = o_cmp.mutable_view(),
-                                        .lse_cmp = lse_cmp.data(),
-                                        .block_indices = indices.data()},
-                                       nullptr);
+      status =
+          kernels_.ScoreAndSelect({.dims = dims_,
+                                   .queries = queries,
+                                   .kc = kc.view(),
+                                   .vc = vc.view(),
+                                   .num_cmp_blocks = num_cmp_blocks_,
+                                   .num_documents = static_cast<int32_t>(problem_.documents.size()),
+                                   .o_cmp = o_cmp.mutable_view(),
+                                   .lse_cmp = lse_cmp.data(),
+                                   .block_indices = indices.data()},
+                                  nullptr);
       if (!status.ok()) return status;
       status = kernels_.AttendWindow({.dims = dims_,
                                       .queries = queries,

@@ -56,14 +56,17 @@ absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
   // 4, 5. q [T,Hq,Dk], kc, vc -> o_cmp [T,Hq,Dv], block indices [T,Hkv,n]
   {
     const StageScope scope(context, "score+select");
-    NSA_RETURN_IF_ERROR(kernels.ScoreAndSelect({.dims = dims,
-                                                .queries = queries,
-                                                .kc = ReadOnly(summaries.kc),
-                                                .vc = ReadOnly(summaries.vc),
-                                                .o_cmp = o_cmp,
-                                                .lse_cmp = outputs.lse_cmp,
-                                                .block_indices = block_indices},
-                                               stream));
+    NSA_RETURN_IF_ERROR(kernels.ScoreAndSelect(
+        {.dims = dims,
+         .queries = queries,
+         .kc = ReadOnly(summaries.kc),
+         .vc = ReadOnly(summaries.vc),
+         .num_cmp_blocks = context.blocks.num_cmp_blocks,
+         .num_documents = static_cast<int32_t>(context.blocks.documents.size()),
+         .o_cmp = o_cmp,
+         .lse_cmp = outputs.lse_cmp,
+         .block_indices = block_indices},
+        stream));
   }
 
   // One piece of the queries after another, as many at a time as the fetch budget holds blocks of.
