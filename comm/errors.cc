@@ -36,9 +36,11 @@ absl::Status PeerLeft(absl::string_view call, int waiting, int left) {
 }
 
 absl::Status PeerFailed(int rank, const absl::Status& why) {
-  return absl::UnavailableError(
-      absl::StrCat("rank ", rank, " left the group after: ", absl::StatusCodeToString(why.code()),
-                   ": ", why.message()));
+  const absl::StatusCode code = absl::IsDeadlineExceeded(why) ? absl::StatusCode::kDeadlineExceeded
+                                                              : absl::StatusCode::kUnavailable;
+  return absl::Status(code,
+                      absl::StrCat("rank ", rank, " left the group after: ",
+                                   absl::StatusCodeToString(why.code()), ": ", why.message()));
 }
 
 absl::Status AbortedBy(int rank, absl::string_view reason) {

@@ -31,6 +31,7 @@ class HostWindow : public Window {
  protected:
   explicit HostWindow(int rank, const Health* health) : rank_(rank), health_(health) {}
 
+  bool broken() const { return health_->broken(); }
   int64_t published_epoch() const { return order_.published_epoch(); }
   absl::Span<const int64_t> window_bytes() const { return window_bytes_; }
 

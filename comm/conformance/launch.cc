@@ -133,27 +133,28 @@ void Processes::Reap(Process& process) {
                   : absl::InternalError(absl::StrCat("exit status ", WEXITSTATUS(status)));
 }
 
-std::vector<ProcessResult> Processes::Join() {
-  size_t left = processes_.size();
-  while (left > 0) {
-    left = 0;
-    for (Process& process : processes_) {
-      if (process.reaped || process.pid <= 0) continue;
-      siginfo_t info = {};
-      waitid(P_PID, process.pid, &info, WEXITED | WNOHANG | WNOWAIT);
-      if (info.si_pid == process.pid) {
-        Reap(process);
-      } else if (absl::Now() > deadline_) {
-        kill(process.pid, SIGKILL);
-        Reap(process);
-      } else {
-        ++left;
-      }
-    }
-    if (left > 0) absl::SleepFor(absl::Milliseconds(1));
+bool Processes::TryReap(Process& process) {
+  if (process.reaped || process.pid <= 0) return true;
+  siginfo_t info = {};
+  waitid(P_PID, process.pid, &info, WEXITED | WNOHANG | WNOWAIT);
+  if (info.si_pid != process.pid) {
+    if (absl::Now() < deadline_) return false;
+    kill(process.pid, SIGKILL);
   }
+  Reap(process);
+  return true;
+}
+
+void Processes::Await(int rank) {
+  while (!TryReap(processes_[rank])) absl::SleepFor(absl::Milliseconds(1));
+}
+
+std::vector<ProcessResult> Processes::Join() {
   std::vector<ProcessResult> results;
-  for (const Process& process : processes_) results.push_back(process.result);
+  for (size_t rank = 0; rank < processes_.size(); ++rank) {
+    Await(static_cast<int>(rank));
+    results.push_back(processes_[rank].result);
+  }
   return results;
 }
 

@@ -40,6 +40,8 @@ class Processes {
   void Signal(int rank, int signal);
   // Blocks until process `rank` writes its next byte with Notify.
   bool AwaitNotify(int rank, absl::Duration limit);
+  // Blocks until process `rank` has ended, within the limit.
+  void Await(int rank);
   // Reaps all; element r is the result of rank r.
   std::vector<ProcessResult> Join();
 
@@ -51,6 +53,8 @@ class Processes {
     bool reaped = false;
     ProcessResult result;
   };
+  // False when the process runs on and has time left.
+  bool TryReap(Process& process);
   void Reap(Process& process);
 
   std::vector<Process> processes_;

@@ -10,17 +10,16 @@
 
 #include "absl/strings/str_cat.h"
 #include "comm/errors.h"
+#include "comm/host_memory.h"
 
 namespace nsa::comm::loopback {
 
 absl::StatusOr<std::shared_ptr<PageMemory>> PageMemory::Allocate(int64_t num_bytes) {
+  if (absl::Status s = CheckMemoryFor(num_bytes); !s.ok()) return s;
   // An empty window still has an address.
   const size_t mapped = static_cast<size_t>(std::max<int64_t>(num_bytes, 1));
   void* data = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (data == MAP_FAILED) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("CreateWindow: num_bytes: cannot allocate ", num_bytes));
-  }
+  if (data == MAP_FAILED) return OutOfMemory(num_bytes, "mmap failed");
   return std::shared_ptr<PageMemory>(new PageMemory(static_cast<char*>(data), num_bytes));
 }
 

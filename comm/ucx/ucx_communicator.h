@@ -1,0 +1,49 @@
+// A communicator over UCX for ranks in host memory: shared memory and TCP with Debian's UCX, other
+// networks with builds of UCX that have them.
+#ifndef COMM_UCX_UCX_COMMUNICATOR_H_
+#define COMM_UCX_UCX_COMMUNICATOR_H_
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "comm/bootstrap/bootstrap.h"
+#include "comm/communicator.h"
+
+namespace nsa::comm {
+
+struct UcxOptions {
+  absl::Duration timeout = absl::Seconds(60);          // of every wait
+  absl::Duration connect_timeout = absl::Seconds(60);  // of those in Create
+
+  // What this host offers, in UCX's words (UCX_TLS, UCX_NET_DEVICES); empty leaves it to UCX.
+  // Transports must be common to the ranks, devices may differ: "tcp,self,sm", "eth0,lo".
+  std::string tls;
+  std::string net_devices;
+
+  // Reads of one Gather under way at a time. Over TCP a single one is bound by latency.
+  int max_reads_in_flight = 128;
+  // How long a waiting call polls before it sleeps. More lowers latency where a rank has cores to
+  // itself.
+  absl::Duration poll_time = absl::Microseconds(20);
+
+  // UCX reports links that break, which this library expects and turns into errors, on stderr.
+  // Unless its log level was set (UCX_LOG_LEVEL), this lowers it to fatal, for the whole process.
+  bool quiet = true;
+};
+
+class UcxCommunicator {
+ public:
+  // Collective. Connects all ranks to each other.
+  //
+  // The communicator's end is bounded in time: in good order it waits, up to `timeout`, for peers
+  // that may still read its windows, and some seconds at most for those that do not answer. A
+  // broken one ends at once.
+  static absl::StatusOr<std::unique_ptr<Communicator>> Create(std::unique_ptr<Bootstrap> bootstrap,
+                                                              const UcxOptions& options = {});
+};
+
+}  // namespace nsa::comm
+
+#endif  // COMM_UCX_UCX_COMMUNICATOR_H_

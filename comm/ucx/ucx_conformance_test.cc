@@ -1,0 +1,60 @@
+// The conformance suite over UCX, each rank a process.
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "comm/conformance/conformance.h"
+#include "comm/conformance/launch.h"
+#include "comm/ucx/test_group.h"
+#include "gtest/gtest.h"
+
+namespace nsa::comm {
+namespace {
+
+using ucx::CreateOnThisHost;
+using ucx::Transport;
+using ucx::Transports;
+
+using Case = std::tuple<Transport, conformance::Test, int /*size*/>;
+
+class UcxConformance : public testing::TestWithParam<Case> {};
+
+TEST_P(UcxConformance, Passes) {
+  const auto& [transport, test, size] = GetParam();
+  const int port = conformance::FreePort();
+  const auto run = [&, &transport = transport, &test = test, size = size](int rank) {
+    int created = 0;
+    const auto create = [&](absl::Duration timeout) {
+      return CreateOnThisHost(transport, rank, size, port, ++created, timeout);
+    };
+    return test.run({rank, size, create});
+  };
+  EXPECT_EQ(conformance::RunOnProcesses(size, run), absl::OkStatus());
+}
+
+std::vector<Case> Cases() {
+  std::vector<Case> cases;
+  const auto add = [&](const std::vector<conformance::Test>& tests, std::vector<int> sizes) {
+    for (const Transport& transport : Transports()) {
+      for (const conformance::Test& test : tests) {
+        for (int size : sizes) {
+          if (size >= test.min_size) cases.emplace_back(transport, test, size);
+        }
+      }
+    }
+  };
+  add(conformance::CollectiveTests(), {1, 2, 4});
+  add(conformance::WindowTests(), {1, 2, 4});
+  add(conformance::ErrorTests(), {1, 3});
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(All, UcxConformance, testing::ValuesIn(Cases()), [](const auto& info) {
+  return absl::StrCat(std::get<0>(info.param).name, "_", std::get<1>(info.param).name, "_",
+                      std::get<2>(info.param), "ranks");
+});
+
+}  // namespace
+}  // namespace nsa::comm

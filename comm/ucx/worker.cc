@@ -1,0 +1,473 @@
+#include "comm/ucx/worker.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "comm/errors.h"
+
+namespace nsa::comm::ucx {
+namespace {
+
+constexpr unsigned kActiveMessageId = 1;
+// A broken link is seldom the whole story: the control plane tells within this time whose death it
+// was.
+constexpr absl::Duration kLinkErrorGrace = absl::Milliseconds(500);
+// How long UCP may take to end operations and endpoints on links that are gone.
+constexpr absl::Duration kCloseTime = absl::Seconds(2);
+// UCP cannot sleep while sends are queued for a peer that does not take them: look again this
+// often.
+constexpr absl::Duration kBusyPause = absl::Microseconds(200);
+constexpr int kArmAttempts = 4;
+
+absl::StatusOr<Context> MakeContext(const WorkerOptions& options) {
+  ucp_config_t* raw_config = nullptr;
+  if (ucs_status_t s = ucp_config_read(nullptr, nullptr, &raw_config); s != UCS_OK) {
+    return UcsError("ucp_config_read", s);
+  }
+  const Config config(raw_config);
+  const std::pair<const char*, std::string> settings[] = {
+      {"TLS", options.tls},
+      {"NET_DEVICES", options.net_devices},
+      // Without this, shared memory is left out of endpoints that report errors (UCX 1.13).
+      {"MM_ERROR_HANDLING", "y"},
+  };
+  for (const auto& [name, value] : settings) {
+    if (value.empty()) continue;
+    if (ucs_status_t s = ucp_config_modify(config.get(), name, value.c_str()); s != UCS_OK) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, ": '", value, "'; UCX does not take it: ", ucs_status_string(s)));
+    }
+  }
+  ucp_params_t params = {};
+  params.field_mask = UCP_PARAM_FIELD_FEATURES;
+  params.features = UCP_FEATURE_AM | UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP;
+  ucp_context_h context = nullptr;
+  if (ucs_status_t s = ucp_init(&params, config.get(), &context); s != UCS_OK) {
+    if (!options.tls.empty() || !options.net_devices.empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tls, net_devices: '", options.tls, "', '", options.net_devices,
+                       "'; UCX must find a transport: ", ucs_status_string(s)));
+    }
+    return UcsError("ucp_init", s);
+  }
+  return Context(context);
+}
+
+}  // namespace
+
+Worker::Worker(int rank, int size, const WorkerOptions& options, Health* health)
+    : rank_(rank), options_(options), health_(health), peers_(size) {
+  for (int peer = 0; peer < size; ++peer) {
+    peers_[peer].worker = this;
+    peers_[peer].rank = peer;
+  }
+}
+
+absl::StatusOr<std::unique_ptr<Worker>> Worker::Create(int rank, int size,
+                                                       const WorkerOptions& options,
+                                                       Health* health) {
+  std::unique_ptr<Worker> worker(new Worker(rank, size, options, health));
+  absl::StatusOr<Context> context = MakeContext(options);
+  if (!context.ok()) return context.status();
+  worker->context_ = *std::move(context);
+
+  ucp_worker_params_t params = {};
+  params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
+  params.thread_mode = UCS_THREAD_MODE_SERIALIZED;
+  ucp_worker_h handle = nullptr;
+  if (ucs_status_t s = ucp_worker_create(worker->context_.get(), &params, &handle); s != UCS_OK) {
+    return UcsError("ucp_worker_create", s);
+  }
+  worker->worker_.reset(handle);
+  if (ucs_status_t s = ucp_worker_get_efd(handle, &worker->event_fd_); s != UCS_OK) {
+    return UcsError("ucp_worker_get_efd", s);
+  }
+  worker->wake_fd_ = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  if (worker->wake_fd_ < 0) return absl::ResourceExhaustedError("eventfd: no descriptor left");
+
+  ucp_am_handler_param_t handler = {};
+  handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB |
+                       UCP_AM_HANDLER_PARAM_FIELD_ARG;
+  handler.id = kActiveMessageId;
+  handler.cb = &Worker::OnActiveMessage;
+  handler.arg = worker.get();
+  if (ucs_status_t s = ucp_worker_set_am_recv_handler(handle, &handler); s != UCS_OK) {
+    return UcsError("ucp_worker_set_am_recv_handler", s);
+  }
+  return worker;
+}
+
+Worker::~Worker() {
+  Stop(/*gracefully=*/false);
+  if (wake_fd_ >= 0) close(wake_fd_);
+}
+
+absl::StatusOr<std::string> Worker::Address() {
+  ucp_address_t* address = nullptr;
+  size_t length = 0;
+  if (ucs_status_t s = ucp_worker_get_address(worker_.get(), &address, &length); s != UCS_OK) {
+    return UcsError("ucp_worker_get_address", s);
+  }
+  std::string bytes(reinterpret_cast<const char*>(address), length);
+  ucp_worker_release_address(worker_.get(), address);
+  return bytes;
+}
+
+absl::Status Worker::Connect(absl::Span<const std::string> addresses, MessageHandler* handler) {
+  absl::MutexLock lock(&mu_);
+  handler_ = handler;
+  for (Peer& peer : peers_) {
+    if (peer.rank == rank_) continue;
+    ucp_ep_params_t params = {};
+    params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
+                        UCP_EP_PARAM_FIELD_ERR_HANDLER;
+    params.address = reinterpret_cast<const ucp_address_t*>(addresses[peer.rank].data());
+    params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+    params.err_handler.cb = &Worker::OnLinkError;
+    params.err_handler.arg = &peer;
+    if (ucs_status_t s = ucp_ep_create(worker_.get(), &params, &peer.endpoint); s != UCS_OK) {
+      peer.endpoint = nullptr;
+      return absl::UnavailableError(absl::StrCat("connecting rank ", rank_, " to rank ", peer.rank,
+                                                 ": ucp_ep_create: ", ucs_status_string(s)));
+    }
+  }
+  thread_ = std::thread([this] { RunProgress(); });
+  return absl::OkStatus();
+}
+
+void Worker::Stop(bool gracefully) {
+  if (thread_.joinable()) {
+    {
+      absl::MutexLock lock(&mu_);
+      stopping_ = true;
+    }
+    WakeProgressThread();
+    thread_.join();
+  }
+  absl::MutexLock lock(&mu_);
+  if (worker_ == nullptr) return;
+  CloseEndpoints(gracefully);
+  worker_.reset();
+}
+
+void Worker::WakeProgressThread() {
+  const uint64_t one = 1;
+  // Fails only when the counter is full, and then the thread is about to wake anyway.
+  (void)!write(wake_fd_, &one, sizeof(one));
+}
+
+bool Worker::Progress() {
+  if (frozen_) return false;
+  const bool worked = ucp_worker_progress(worker_.get()) != 0;
+  handler_->AfterProgress();
+  return worked;
+}
+
+bool Worker::Arm() { return frozen_ || ucp_worker_arm(worker_.get()) == UCS_OK; }
+
+bool Worker::ProgressAndArm(bool& armed) {
+  bool worked = false;
+  // Arming fails too when an event has just come; only a repeated failure means queued sends.
+  for (int failures = 0; failures < kArmAttempts;) {
+    if (Progress()) {
+      worked = true;
+      failures = 0;
+    } else if (Arm()) {
+      armed = true;
+      return worked;
+    } else {
+      ++failures;
+    }
+  }
+  armed = false;
+  return worked;
+}
+
+void Worker::Kick() {
+  bool armed;
+  ProgressAndArm(armed);
+  if (!armed) WakeProgressThread();
+}
+
+void Worker::RunProgress() {
+  while (true) {
+    bool armed;
+    {
+      absl::MutexLock lock(&mu_);
+      if (stopping_) return;
+      if (ProgressAndArm(armed)) changed_.SignalAll();
+    }
+    pollfd entries[] = {{event_fd_, POLLIN, 0}, {wake_fd_, POLLIN, 0}};
+    if (armed) {
+      (void)poll(entries, 2, -1);
+    } else {
+      const timespec pause = absl::ToTimespec(kBusyPause);
+      (void)ppoll(entries + 1, 1, &pause, nullptr);
+    }
+    if (entries[1].revents != 0) {
+      uint64_t count;
+      (void)!read(wake_fd_, &count, sizeof(count));
+    }
+  }
+}
+
+Worker::Operation* Worker::NewOperation(int peer, bool tracked, bool is_receive) {
+  if (free_operations_.empty()) {
+    operations_.push_back(std::make_unique<Operation>());
+    free_operations_.push_back(operations_.back().get());
+  }
+  Operation* const operation = free_operations_.back();
+  free_operations_.pop_back();
+  *operation = {this, peer, tracked, is_receive, {}};
+  if (tracked) {
+    ++unfinished_;
+    ++outstanding_;
+    ++peers_[peer].unfinished;
+  }
+  return operation;
+}
+
+void Worker::Started(Operation* operation, ucs_status_ptr_t request) {
+  // For a pointer that is neither null nor an error the callback comes later.
+  if (request == nullptr) {
+    Finished(operation, UCS_OK);
+  } else if (UCS_PTR_IS_ERR(request)) {
+    Finished(operation, UCS_PTR_STATUS(request));
+  }
+}
+
+void Worker::Finished(Operation* operation, ucs_status_t status) {
+  Peer& peer = peers_[operation->peer];
+  if (operation->tracked) --outstanding_;
+  if (status != UCS_OK) {
+    // Stays unfinished, so that the wait for it finds the broken link.
+    NoteLinkError(peer, status);
+  } else if (operation->tracked) {
+    --unfinished_;
+    --peer.unfinished;
+    if (operation->is_receive) handler_->OnReceived(operation->header.data);
+  }
+  free_operations_.push_back(operation);
+}
+
+void Worker::NoteLinkError(Peer& peer, ucs_status_t status) {
+  if (peer.link_error != UCS_OK) return;
+  peer.link_error = status;
+  peer.link_error_time = absl::Now();
+  changed_.SignalAll();
+}
+
+void Worker::OnSent(void* request, ucs_status_t status,
+                    void* user_data) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  auto* operation = static_cast<Operation*>(user_data);
+  operation->worker->Finished(operation, status);
+  ucp_request_free(request);
+}
+
+void Worker::OnDataReceived(void* request, ucs_status_t status, size_t /*length*/,
+                            void* user_data) {
+  OnSent(request, status, user_data);
+}
+
+void Worker::OnLinkError(void* arg, ucp_ep_h /*endpoint*/,
+                         ucs_status_t status) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  auto* peer = static_cast<Peer*>(arg);
+  peer->worker->NoteLinkError(*peer, status);
+}
+
+ucs_status_t Worker::OnActiveMessage(void* arg, const void* header_bytes, size_t header_length,
+                                     void* data, size_t length, const ucp_am_recv_param_t* param)
+    ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  auto* const worker = static_cast<Worker*>(arg);
+  const int size = static_cast<int>(worker->peers_.size());
+  WireHeader header;
+  if (header_length != sizeof(header)) return UCS_OK;  // none of ours
+  std::memcpy(&header, header_bytes, sizeof(header));
+  const MessageHeader& message = header.data;
+  if (header.sender < 0 || header.sender >= size ||
+      (header.type == MessageType::kData &&
+       (message.sender != header.sender || message.index < 0 || message.index >= message.count ||
+        message.num_bytes != static_cast<int64_t>(length)))) {
+    return UCS_OK;
+  }
+  if ((param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0) {
+    worker->handler_->OnOffer(header, data, length);
+    return UCS_INPROGRESS;
+  }
+  worker->handler_->OnMessage(header, data, length);
+  return UCS_OK;
+}
+
+void Worker::Send(int peer, const WireHeader& header, const void* data, size_t num_bytes) {
+  Operation* const operation = NewOperation(peer, /*tracked=*/true, /*is_receive=*/false);
+  operation->header = header;
+  ucp_request_param_t param = {};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.cb.send = &Worker::OnSent;
+  param.user_data = operation;
+  if (peers_[peer].endpoint == nullptr) {
+    Finished(operation, UCS_ERR_NOT_CONNECTED);
+    return;
+  }
+  Started(operation, ucp_am_send_nbx(peers_[peer].endpoint, kActiveMessageId, &operation->header,
+                                     sizeof(WireHeader), data, num_bytes, &param));
+}
+
+void Worker::Post(int peer, const WireHeader& header) {
+  Operation* const operation = NewOperation(peer, /*tracked=*/false, /*is_receive=*/false);
+  operation->header = header;
+  ucp_request_param_t param = {};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.cb.send = &Worker::OnSent;
+  param.user_data = operation;
+  if (peers_[peer].endpoint == nullptr || peers_[peer].link_error != UCS_OK) {
+    Finished(operation, UCS_ERR_NOT_CONNECTED);
+    return;
+  }
+  Started(operation, ucp_am_send_nbx(peers_[peer].endpoint, kActiveMessageId, &operation->header,
+                                     sizeof(WireHeader), nullptr, 0, &param));
+}
+
+void Worker::Read(int peer, void* dst, size_t num_bytes, uint64_t remote_address, ucp_rkey_h rkey) {
+  Operation* const operation = NewOperation(peer, /*tracked=*/true, /*is_receive=*/false);
+  ucp_request_param_t param = {};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.cb.send = &Worker::OnSent;
+  param.user_data = operation;
+  if (peers_[peer].endpoint == nullptr) {
+    Finished(operation, UCS_ERR_NOT_CONNECTED);
+    return;
+  }
+  Started(operation,
+          ucp_get_nbx(peers_[peer].endpoint, dst, num_bytes, remote_address, rkey, &param));
+}
+
+void Worker::Receive(const MessageHeader& header, void* offer, void* dst) {
+  Operation* const operation = NewOperation(header.sender, /*tracked=*/true, /*is_receive=*/true);
+  operation->header.data = header;
+  ucp_request_param_t param = {};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.cb.recv_am = &Worker::OnDataReceived;
+  param.user_data = operation;
+  Started(operation, ucp_am_recv_data_nbx(worker_.get(), offer, dst, header.num_bytes, &param));
+}
+
+void Worker::Refuse(void* offer) { ucp_am_data_release(worker_.get(), offer); }
+
+std::vector<int> Worker::UnfinishedRanks() const {
+  std::vector<int> ranks;
+  for (const Peer& peer : peers_) {
+    if (peer.unfinished > 0) ranks.push_back(peer.rank);
+  }
+  return ranks;
+}
+
+void Worker::MarkLeft(int rank) {
+  peers_[rank].left = true;
+  changed_.SignalAll();
+}
+
+absl::Status Worker::CheckAwaited(absl::string_view call, absl::Span<const int> awaited,
+                                  absl::Time deadline, absl::Time& wake) {
+  const absl::Time now = absl::Now();
+  for (int rank : awaited) {
+    const Peer& peer = peers_[rank];
+    if (peer.left) return PeerLeft(call, rank_, rank);
+    if (peer.link_error == UCS_OK) continue;
+    const absl::Time grace_end = peer.link_error_time + kLinkErrorGrace;
+    if (now >= grace_end) return LinkBroke(rank, ucs_status_string(peer.link_error));
+    wake = std::min(wake, grace_end);
+  }
+  if (now >= deadline) return WaitTimedOut(call, rank_, awaited, timeout_);
+  wake = std::min(wake, deadline);
+  return absl::OkStatus();
+}
+
+absl::Status Worker::Wait(absl::string_view call, absl::FunctionRef<bool()> done,
+                          absl::FunctionRef<std::vector<int>()> awaited) {
+  const absl::Time start = absl::Now();
+  const absl::Time deadline = start + timeout_;
+  const absl::Time poll_end = start + options_.poll_time;
+  absl::Status error;
+  while (true) {
+    const bool worked = Progress();
+    if (health_->broken()) {
+      error = health_->status();
+      break;
+    }
+    if (done()) return absl::OkStatus();
+    const absl::Time now = absl::Now();
+    if ((worked && now < deadline) || now < poll_end) continue;
+    absl::Time wake = absl::InfiniteFuture();
+    error = CheckAwaited(call, awaited(), deadline, wake);
+    if (!error.ok()) {
+      error = health_->Break(std::move(error));
+      break;
+    }
+    bool armed;
+    if (ProgressAndArm(armed)) continue;
+    if (!armed) wake = std::min(wake, now + kBusyPause);
+    changed_.WaitWithDeadline(&mu_, wake);
+  }
+  Abandon();
+  return error;
+}
+
+void Worker::SetTimeout(absl::Duration timeout) {
+  absl::MutexLock lock(&mu_);
+  timeout_ = timeout;
+}
+
+bool Worker::WaitUntil(absl::Time deadline, absl::FunctionRef<bool()> done) {
+  while (true) {
+    const bool worked = Progress();
+    if (done()) return true;
+    if (health_->broken() || absl::Now() >= deadline) return false;
+    bool armed;
+    if (ProgressAndArm(armed) || worked) continue;
+    absl::Time wake = deadline;
+    if (!armed) wake = std::min(wake, absl::Now() + kBusyPause);
+    changed_.WaitWithDeadline(&mu_, wake);
+  }
+}
+
+void Worker::CloseEndpoints(bool gracefully) {
+  std::vector<void*> closing;
+  for (Peer& peer : peers_) {
+    if (peer.endpoint == nullptr) continue;
+    ucp_request_param_t param = {};
+    if (!gracefully || peer.link_error != UCS_OK) {
+      param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
+      param.flags = UCP_EP_CLOSE_FLAG_FORCE;
+    }
+    void* const request = ucp_ep_close_nbx(std::exchange(peer.endpoint, nullptr), &param);
+    if (UCS_PTR_IS_PTR(request)) closing.push_back(request);
+  }
+  const absl::Time deadline = absl::Now() + kCloseTime;
+  for (void* request : closing) {
+    while (ucp_request_check_status(request) == UCS_INPROGRESS && absl::Now() < deadline) {
+      if (ucp_worker_progress(worker_.get()) == 0) absl::SleepFor(kBusyPause);
+    }
+    ucp_request_free(request);
+  }
+}
+
+void Worker::Abandon() {
+  if (outstanding_ == 0 || frozen_) return;
+  CloseEndpoints(/*gracefully=*/false);
+  const absl::Time deadline = absl::Now() + kCloseTime;
+  while (outstanding_ > 0 && absl::Now() < deadline) {
+    if (ucp_worker_progress(worker_.get()) == 0) absl::SleepFor(kBusyPause);
+  }
+  // Over TCP and shared memory UCP copies only when driven.
+  if (outstanding_ > 0) frozen_ = true;
+}
+
+}  // namespace nsa::comm::ucx
