@@ -1,9 +1,8 @@
-// Which rank this process is, from what mpirun or torchrun leave in the environment.
+// Whether this process is one of several, from what mpirun or torchrun leave in the environment.
 #ifndef TOOLS_LAUNCH_ENVIRONMENT_H_
 #define TOOLS_LAUNCH_ENVIRONMENT_H_
 
 #include <functional>
-#include <string>
 
 #include "absl/status/statusor.h"
 
@@ -21,11 +20,8 @@ enum class Origin {
 
 struct ProcessPlace {
   Origin origin = Origin::kThreads;
-  int rank = 0;
-  int size = 1;
+  int size = 1;  // ranks, of which this process is one unless it makes them
   int num_ranks_on_host = 1;
-  std::string master_address;  // of kRendezvous: where rank 0 listens
-  int master_port = 0;
 };
 
 // OMPI_COMM_WORLD_SIZE comes first, then RANK and WORLD_SIZE. InvalidArgument, naming variable,

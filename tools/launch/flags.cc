@@ -13,8 +13,8 @@
 #include "absl/time/time.h"
 
 ABSL_FLAG(std::string, backend, "auto",
-          "How ranks talk: loopback (threads of this process) or auto (what the environment asks "
-          "for).");
+          "How ranks talk: loopback (threads of this process), ucx (processes that mpirun or "
+          "torchrun started), or auto (ucx when they did, else loopback).");
 ABSL_FLAG(int32_t, ranks, 0, "Number of ranks; 0: what the environment says, else one.");
 ABSL_FLAG(double, timeout_s, 60, "Longest wait of a rank for another, in seconds.");
 ABSL_FLAG(int32_t, threads, 0, "Compute threads per rank; 0: a rank's share of the cores.");

@@ -2,6 +2,7 @@
 
 #include <atomic>
 
+#include "absl/strings/string_view.h"
 #include "absl/time/clock.h"
 #include "gtest/gtest.h"
 
@@ -46,8 +47,22 @@ TEST(RunRanksTest, NamesWhatIsWrong) {
   const auto never = [](const RankContext&) { return absl::InternalError("must not run"); };
   EXPECT_EQ(RunRanks({.num_ranks = -1}, EmptyEnvironment, never),
             absl::InvalidArgumentError("ranks = -1: must be 0 or more"));
-  EXPECT_EQ(RunRanks({.backend = "telepathy"}, EmptyEnvironment, never).code(),
+  EXPECT_EQ(RunRanks({.backend = "telepathy"}, EmptyEnvironment, never),
+            absl::InvalidArgumentError("backend = \"telepathy\": must be auto, loopback or ucx"));
+  EXPECT_EQ(RunRanks({.backend = "ucx"}, EmptyEnvironment, never).code(),
             absl::StatusCode::kInvalidArgument);
+  const auto mpirun = [](const char* name) {
+    return absl::string_view(name) == "OMPI_COMM_WORLD_SIZE" ? "4" : nullptr;
+  };
+  EXPECT_EQ(RunRanks({.num_ranks = 3}, mpirun, never),
+            absl::InvalidArgumentError("ranks = 3: must be 0 or the number of processes, 4"));
+  EXPECT_EQ(RunRanks({.backend = "loopback"}, mpirun, never),
+            absl::InvalidArgumentError("backend = \"loopback\": makes all ranks in one process, "
+                                       "but this is one of 4 processes"));
+  const auto torchrun = [](const char* name) {
+    return absl::string_view(name) == "WORLD_SIZE" ? "2" : nullptr;
+  };
+  EXPECT_EQ(RunRanks({}, torchrun, never).code(), absl::StatusCode::kInvalidArgument);
 }
 
 TEST(ThreadsPerRankTest, SharesTheCores) {
