@@ -50,4 +50,33 @@ expect 1 'sharding = "zigzog"' "${bad[@]}" --sharding zigzog
 expect 1 'WORLD_SIZE' env RANK=0 "${bad[@]}"
 [[ ! -e $files/bad ]] || fail "an output was written in spite of an error"
 
+# Processes in place of threads. Containers run tests as root, which Open MPI refuses unless told
+# twice; its session directory's path must be short enough for a socket.
+if command -v mpirun >/dev/null; then
+  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+  TMPDIR=$(mktemp -d /tmp/nsa_run.XXXXXX)
+  export TMPDIR
+  trap 'rm -rf "$TMPDIR"' EXIT
+  mpirun=(timeout 120 mpirun -n 2 --oversubscribe --bind-to none --mca btl self,tcp
+    --mca btl_tcp_if_include lo)
+  expect 0 'remote picks' "${mpirun[@]}" "${run[@]}" --output "$files/mpi" --all --backend ucx \
+    --threads 1 --stats
+  cmp "$files/one" "$files/mpi" || fail "one process and two under mpirun differ"
+  expect 1 'sharding = "zigzog"' "${mpirun[@]}" "${bad[@]}" --sharding zigzog
+  expect 1 'ranks = 3' "${mpirun[@]}" "${bad[@]}" --ranks 3
+  # Rank 0 alone can't write; rank 1 must not take the run for a success.
+  expect 1 'no/such/folder' "${mpirun[@]}" "${run[@]}" --output "$files/no/such/folder/bad"
+else
+  echo "no mpirun on this machine: skipped"
+fi
+
+# What torchrun leaves in the environment.
+export WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 20000))
+RANK=1 timeout 120 "${run[@]}" --output "$files/rendezvous" --all --threads 1 &
+peer=$!
+RANK=0 expect 0 '' timeout 120 "${run[@]}" --output "$files/rendezvous" --all --threads 1
+wait "$peer" || fail "rank 1 of a rendezvous: exit code $?"
+cmp "$files/one" "$files/rendezvous" || fail "one process and two of a rendezvous differ"
+[[ ! -e $files/bad ]] || fail "an output was written in spite of an error"
+
 exit "$((failures > 0))"
