@@ -12,24 +12,6 @@ namespace {
 
 using Row = std::vector<std::string>;
 
-// Columns as wide as their widest cell, right-aligned.
-std::string Align(const std::vector<Row>& rows) {
-  std::vector<size_t> widths;
-  for (const Row& row : rows) {
-    widths.resize(std::max(widths.size(), row.size()));
-    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
-  }
-  std::string text;
-  for (const Row& row : rows) {
-    for (size_t i = 0; i < row.size(); ++i) {
-      absl::StrAppend(&text, i == 0 ? "" : "  ", std::string(widths[i] - row[i].size(), ' '),
-                      row[i]);
-    }
-    text += "\n";
-  }
-  return text;
-}
-
 struct Column {
   const char* title;
   std::function<double(const RankStats&)> value;
@@ -66,7 +48,7 @@ std::string BytesTable(const ForwardStats& stats) {
     rows.push_back(std::move(row));
   }
   rows.push_back(std::move(total));
-  return Align(rows);
+  return FormatRows(rows);
 }
 
 std::string LoadTable(const ForwardStats& stats) {
@@ -98,10 +80,26 @@ std::string LoadTable(const ForwardStats& stats) {
     row.push_back(absl::StrFormat("%.3f", total));
     rows.push_back(std::move(row));
   }
-  return Align(rows);
+  return FormatRows(rows);
 }
 
 }  // namespace
+
+std::string FormatRows(const std::vector<Row>& rows) {
+  std::vector<size_t> widths;
+  for (const Row& row : rows) {
+    widths.resize(std::max(widths.size(), row.size()));
+    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+  }
+  std::string text;
+  for (const Row& row : rows) {
+    for (size_t i = 0; i < row.size(); ++i) {
+      absl::StrAppend(&text, "  ", std::string(widths[i] - row[i].size(), ' '), row[i]);
+    }
+    text += "\n";
+  }
+  return text;
+}
 
 std::string FormatBytes(double num_bytes) {
   constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};

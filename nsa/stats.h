@@ -3,6 +3,7 @@
 #define NSA_STATS_H_
 
 #include <string>
+#include <vector>
 
 #include "nsa/stats.pb.h"
 
@@ -12,6 +13,10 @@ namespace nsa {
 // records after deduplication, pieces, memory; then load (flops and its ratio to the mean) and
 // seconds by stage.
 std::string FormatTable(const ForwardStats& stats);
+
+// Rows of cells as text: columns as wide as their widest cell, right-aligned, two spaces before
+// each.
+std::string FormatRows(const std::vector<std::vector<std::string>>& rows);
 
 // Bytes with a binary unit, e.g. "1.50 MiB".
 std::string FormatBytes(double num_bytes);

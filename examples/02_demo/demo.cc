@@ -95,7 +95,7 @@ absl::Status RunDemo(const tools::RankContext& context) {
   if (const std::string folder = absl::GetFlag(FLAGS_svg); !folder.empty()) {
     absl::Status drawn = Draw(folder, *plan, result->stats, *whole);
     if (!drawn.ok()) return drawn;
-    std::cout << "drawings: " << folder << "/{sharding,fetch,selection}.svg\n";
+    std::cout << "drawings: " << folder << "/{sharding,fetch_matrix,selection_map}.svg\n";
   }
   if (absl::Status found = CheckRetrieved(*haystack, *whole); !found.ok()) return found;
 

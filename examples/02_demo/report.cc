@@ -136,8 +136,8 @@ absl::Status Draw(const std::string& folder, const ShardPlan& plan, const Forwar
   if (!selection.ok()) return selection.status();
   absl::Status status = tools::MakeFolder(folder);
   status.Update(tools::WriteFile(folder + "/sharding.svg", tools::DrawSharding(plan)));
-  status.Update(tools::WriteFile(folder + "/fetch.svg", *fetch));
-  status.Update(tools::WriteFile(folder + "/selection.svg", *selection));
+  status.Update(tools::WriteFile(folder + "/fetch_matrix.svg", *fetch));
+  status.Update(tools::WriteFile(folder + "/selection_map.svg", *selection));
   return status;
 }
 

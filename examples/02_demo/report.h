@@ -48,7 +48,7 @@ std::string LastQueryReport(const Haystack& haystack, const ShardPlan& plan,
 std::string Retrieved(const Haystack& haystack, const RankResult& whole);
 absl::Status CheckRetrieved(const Haystack& haystack, const RankResult& whole);
 
-// sharding.svg, fetch.svg and selection.svg in `folder`.
+// sharding.svg, fetch_matrix.svg and selection_map.svg in `folder`.
 absl::Status Draw(const std::string& folder, const ShardPlan& plan, const ForwardStats& stats,
                   const RankResult& whole);
 

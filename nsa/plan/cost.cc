@@ -123,4 +123,31 @@ ForwardBytes BytesOfRank(const kernels::AttentionDims& dims, const BlockMap& blo
   return bytes;
 }
 
+std::vector<int64_t> BlockBytesAtMost(const kernels::AttentionDims& dims, const BlockMap& blocks,
+                                      const RankPlan& rank_plan, int64_t record_bytes) {
+  std::vector<int64_t> bytes(blocks.slc_blocks_of_rank.size());
+  const std::vector<kernels::Segment>& segments = rank_plan.query_segments;
+  for (size_t i = 0; i < segments.size(); ++i) {
+    // The last query of a document sees what the others of the rank see there.
+    if (i + 1 < segments.size() && segments[i + 1].document == segments[i].document) continue;
+    const int64_t last_position = segments[i].position + segments[i].num_tokens - 1;
+    const int64_t begin = blocks.documents[segments[i].document].slc_block_begin;
+    for (int64_t b = begin; b <= begin + last_position / dims.select_block_tokens; ++b) {
+      if (blocks.slc_owner[b] == rank_plan.rank) continue;
+      bytes[blocks.slc_owner[b]] += dims.num_kv_heads * record_bytes;
+    }
+  }
+  return bytes;
+}
+
+int64_t CallerTensorBytes(const kernels::AttentionDims& dims, int64_t num_tokens,
+                          bool branches_share_kv) {
+  const int64_t kv_row_bytes = SummaryRowBytes(dims);  // one row of k and one of v
+  const int64_t q_and_o_row_bytes =
+      int64_t{dims.num_q_heads} * (dims.head_dim_qk + dims.head_dim_v) * SizeOf(dims.dtype);
+  const int64_t gate_row_bytes = int64_t{dims.num_q_heads} * 3 * SizeOf(DType::kF32);
+  return num_tokens *
+         (q_and_o_row_bytes + gate_row_bytes + kv_row_bytes * (branches_share_kv ? 1 : 3));
+}
+
 }  // namespace nsa

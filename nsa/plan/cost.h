@@ -3,6 +3,7 @@
 #define NSA_PLAN_COST_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels/types.h"
 #include "nsa/config.h"
@@ -46,6 +47,15 @@ struct ForwardBytes {
 ForwardBytes BytesOfRank(const kernels::AttentionDims& dims, const BlockMap& blocks,
                          const RankPlan& rank_plan, int64_t record_bytes, int64_t num_tokens,
                          int num_ranks, bool branches_share_kv);
+
+// What of blocks_received_at_most comes from each rank: every remote block that a query of the rank
+// may see, all kv heads, once. [P]
+std::vector<int64_t> BlockBytesAtMost(const kernels::AttentionDims& dims, const BlockMap& blocks,
+                                      const RankPlan& rank_plan, int64_t record_bytes);
+
+// q, k, v, gate (in f32) and o of `num_tokens` tokens, as the engine's caller holds them.
+int64_t CallerTensorBytes(const kernels::AttentionDims& dims, int64_t num_tokens,
+                          bool branches_share_kv);
 
 }  // namespace nsa
 

@@ -1,6 +1,7 @@
 #include "nsa/plan/workspace.h"
 
 #include <cstring>
+#include <numeric>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -105,6 +106,11 @@ TEST(CostTest, RanksAddUpToTheWhole) {
     const ForwardBytes bytes = BytesOfRank(MakeDims(p.config, DType::kBF16), p.blocks, p.rank_plan,
                                            32768, 3000, 4, /*branches_share_kv=*/rank >= 0);
     sent += bytes.halo_sent + bytes.summaries_sent;
+    const std::vector<int64_t> by_owner =
+        BlockBytesAtMost(MakeDims(p.config, DType::kBF16), p.blocks, p.rank_plan, 32768);
+    EXPECT_EQ(std::accumulate(by_owner.begin(), by_owner.end(), int64_t{0}),
+              bytes.blocks_received_at_most);
+    EXPECT_EQ(by_owner[rank], 0);
     received += bytes.halo_received + bytes.summaries_received;
   }
   EXPECT_DOUBLE_EQ(sum, expected);

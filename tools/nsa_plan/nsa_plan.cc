@@ -19,7 +19,6 @@
 #include "nsa/plan/sharding.h"
 #include "tools/files/files.h"
 #include "tools/nsa_plan/report.h"
-#include "tools/svg/drawings.h"
 
 ABSL_FLAG(std::string, config, "",
           "File with the config: JSON when it ends in .json, else text-proto. Without it, the "
@@ -35,7 +34,10 @@ ABSL_FLAG(std::string, dtype, "bf16", "Of q, k, v and o: bf16, f16 or f32.");
 ABSL_FLAG(int64_t, fetch_budget_mib, 1024, "Most memory for fetched blocks, per rank.");
 ABSL_FLAG(int64_t, hidden_width, 0, "Hidden width of the compressor MLP.");
 ABSL_FLAG(bool, shared_kv, false, "The three branches are given the same k and v.");
-ABSL_FLAG(std::string, svg, "", "Folder to draw sharding.svg into.");
+ABSL_FLAG(
+    std::string, svg, "",
+    "Folder to draw sharding.svg, fetch_matrix.svg and selection_map.svg into, as far as they are "
+    "known without running.");
 
 namespace {
 
@@ -104,8 +106,13 @@ absl::Status Run() {
   std::fputs(report->c_str(), stdout);
 
   if (const std::string folder = absl::GetFlag(FLAGS_svg); !folder.empty()) {
-    if (absl::Status status = nsa::tools::MakeFolder(folder); !status.ok()) return status;
-    return nsa::tools::WriteFile(folder + "/sharding.svg", nsa::tools::DrawSharding(question.plan));
+    absl::StatusOr<nsa::tools::PlanDrawings> drawings = nsa::tools::DrawPlan(question, **kernels);
+    if (!drawings.ok()) return drawings.status();
+    absl::Status status = nsa::tools::MakeFolder(folder);
+    status.Update(nsa::tools::WriteFile(folder + "/sharding.svg", drawings->sharding));
+    status.Update(nsa::tools::WriteFile(folder + "/fetch_matrix.svg", drawings->fetch_matrix));
+    status.Update(nsa::tools::WriteFile(folder + "/selection_map.svg", drawings->selection_map));
+    return status;
   }
   return absl::OkStatus();
 }

@@ -23,10 +23,12 @@ expect 0 'num_q_heads +8' --config "$config" --tokens 1000 --ranks 3
 expect 0 '1500 tokens in 2 documents, 5 chunks on 2 ranks' \
   --cu_seqlens 0,1000,1500 --ranks 2 --sharding zigzag-per-document
 expect 0 'load' --tokens 4096 --ranks 2 --dtype f32 --shared_kv --svg "$TEST_TMPDIR/drawings/new"
-[[ -s $TEST_TMPDIR/drawings/new/sharding.svg ]] || {
-  echo "FAILED: no drawing" >&2
-  failures=$((failures + 1))
-}
+for drawing in sharding fetch_matrix selection_map; do
+  [[ -s $TEST_TMPDIR/drawings/new/$drawing.svg ]] || {
+    echo "FAILED: no drawing $drawing" >&2
+    failures=$((failures + 1))
+  }
+done
 expect 1 'Native Sparse Attention' --help
 expect 1 'num_tokens = 0: must lie in'
 expect 1 'num_ranks = 0: must lie in' --tokens 10 --ranks 0

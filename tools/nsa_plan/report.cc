@@ -11,6 +11,8 @@
 #include "nsa/plan/rank_plan.h"
 #include "nsa/plan/workspace.h"
 #include "nsa/stats.h"
+#include "nsa/stats.pb.h"
+#include "tools/svg/drawings.h"
 
 namespace nsa::tools {
 namespace {
@@ -33,17 +35,6 @@ struct RankCost {
   }
 };
 
-// q, k, v, gate (in f32) and o as the engine's caller holds them.
-int64_t CallerBytes(const PlanQuestion& question, const kernels::AttentionDims& dims,
-                    int64_t num_tokens) {
-  const int64_t kv_row_bytes = SummaryRowBytes(dims);  // one row of k and one of v
-  const int64_t q_and_o_row_bytes =
-      int64_t{dims.num_q_heads} * (dims.head_dim_qk + dims.head_dim_v) * SizeOf(dims.dtype);
-  const int64_t gate_row_bytes = int64_t{dims.num_q_heads} * 3 * SizeOf(DType::kF32);
-  return num_tokens *
-         (q_and_o_row_bytes + gate_row_bytes + kv_row_bytes * (question.shared_kv ? 1 : 3));
-}
-
 absl::StatusOr<RankCost> CostOfRank(const PlanQuestion& question, const kernels::Kernels& kernels,
                                     const BlockMap& blocks, int rank) {
   const kernels::AttentionDims dims = MakeDims(question.config, question.dtype);
@@ -59,7 +50,7 @@ absl::StatusOr<RankCost> CostOfRank(const PlanQuestion& question, const kernels:
   return RankCost{
       .rank = rank,
       .num_tokens = rank_plan.num_tokens,
-      .caller_bytes = CallerBytes(question, dims, rank_plan.num_tokens),
+      .caller_bytes = CallerTensorBytes(dims, rank_plan.num_tokens, question.shared_kv),
       .layout = *layout,
       .bytes = BytesOfRank(dims, blocks, rank_plan, record_bytes, question.plan.num_tokens(),
                            question.plan.num_ranks(), question.shared_kv),
@@ -69,23 +60,6 @@ absl::StatusOr<RankCost> CostOfRank(const PlanQuestion& question, const kernels:
 }
 
 using Row = std::vector<std::string>;
-
-// Columns as wide as their widest cell, right-aligned, two spaces apart and before.
-std::string Align(const std::vector<Row>& rows) {
-  std::vector<size_t> widths;
-  for (const Row& row : rows) {
-    widths.resize(std::max(widths.size(), row.size()));
-    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
-  }
-  std::string text;
-  for (const Row& row : rows) {
-    for (size_t i = 0; i < row.size(); ++i) {
-      absl::StrAppend(&text, "  ", std::string(widths[i] - row[i].size(), ' '), row[i]);
-    }
-    text += "\n";
-  }
-  return text;
-}
 
 struct Column {
   const char* title;
@@ -127,7 +101,7 @@ std::string Table(const std::vector<RankCost>& costs, const std::vector<Column>&
     add_row(absl::StrCat(cost.rank), values, mean);
   }
   add_row("all", sums, sums);
-  return Align(rows);
+  return FormatRows(rows);
 }
 
 double Quotient(double a, double b) { return b == 0 ? 0 : a / b; }
@@ -255,7 +229,54 @@ std::string FlopsSection(const std::vector<RankCost>& costs) {
   return text;
 }
 
+// n forced blocks at most of each query, as DrawSelectionMap takes them.
+std::vector<int32_t> ForcedBlocks(const NsaConfig& config, const BlockMap& blocks) {
+  std::vector<int32_t> indices;
+  for (const kernels::Document& document : blocks.documents) {
+    for (int64_t position = 0; position < document.num_tokens; ++position) {
+      const int32_t own = static_cast<int32_t>(position / config.select_block_tokens);
+      const size_t end = indices.size() + config.num_selected_blocks;
+      for (int32_t block = 0; block <= std::min(own, config.num_initial_blocks - 1); ++block) {
+        indices.push_back(block);
+      }
+      const int32_t first_local =
+          std::max(own - config.num_local_blocks + 1, config.num_initial_blocks);
+      for (int32_t block = first_local; block <= own; ++block) indices.push_back(block);
+      indices.resize(end, -1);
+    }
+  }
+  return indices;
+}
+
 }  // namespace
+
+absl::StatusOr<PlanDrawings> DrawPlan(const PlanQuestion& question,
+                                      const kernels::Kernels& kernels) {
+  const kernels::AttentionDims dims = MakeDims(question.config, question.dtype);
+  const BlockMap blocks = MakeBlockMap(question.config, question.plan);
+  ForwardStats stats;
+  for (int rank = 0; rank < question.plan.num_ranks(); ++rank) {
+    RankStats* of_rank = stats.add_ranks();
+    of_rank->set_rank(rank);
+    const RankPlan rank_plan = MakeRankPlan(question.config, question.plan, blocks, rank);
+    for (int64_t bytes : BlockBytesAtMost(dims, blocks, rank_plan, kernels.RecordBytes(dims))) {
+      of_rank->add_block_bytes_from_rank(bytes);
+    }
+  }
+  absl::StatusOr<std::string> fetch_matrix =
+      DrawFetchMatrix(stats, "Blocks fetched between ranks, at most");
+  if (!fetch_matrix.ok()) return fetch_matrix.status();
+  const std::vector<int32_t> forced = ForcedBlocks(question.config, blocks);
+  absl::StatusOr<std::string> selection_map =
+      DrawSelectionMap({.config = question.config,
+                        .plan = question.plan,
+                        .blocks = blocks,
+                        .block_indices = forced,
+                        .title = "Blocks that queries may select, and the forced ones"});
+  if (!selection_map.ok()) return selection_map.status();
+  return PlanDrawings{DrawSharding(question.plan), *std::move(fetch_matrix),
+                      *std::move(selection_map)};
+}
 
 absl::StatusOr<std::string> PlanReport(const PlanQuestion& question,
                                        const kernels::Kernels& kernels) {

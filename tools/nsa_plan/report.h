@@ -27,6 +27,17 @@ struct PlanQuestion {
 absl::StatusOr<std::string> PlanReport(const PlanQuestion& question,
                                        const kernels::Kernels& kernels);
 
+// SVG documents of what is known before a run.
+struct PlanDrawings {
+  std::string sharding;
+  std::string fetch_matrix;   // as if every visible block of another rank were selected
+  std::string selection_map;  // what queries may select, and the blocks that are forced
+};
+
+// For a question that PlanReport has answered.
+absl::StatusOr<PlanDrawings> DrawPlan(const PlanQuestion& question,
+                                      const kernels::Kernels& kernels);
+
 }  // namespace nsa::tools
 
 #endif  // TOOLS_NSA_PLAN_REPORT_H_

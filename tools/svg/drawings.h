@@ -7,6 +7,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "nsa/config.h"
 #include "nsa/plan/rank_plan.h"
@@ -20,7 +21,8 @@ std::string DrawSharding(const ShardPlan& plan);
 
 // Bytes of selected blocks, from the rank that owns them to the rank that fetched them.
 // InvalidArgument unless every rank names its bytes from every rank.
-absl::StatusOr<std::string> DrawFetchMatrix(const ForwardStats& stats);
+absl::StatusOr<std::string> DrawFetchMatrix(
+    const ForwardStats& stats, absl::string_view title = "Selected blocks fetched between ranks");
 
 // Which blocks the queries of one kv head selected, queries downwards and blocks to the right, both
 // in global order and at most 512 cells each way; forced blocks in a colour of their own.
@@ -30,6 +32,7 @@ struct SelectionMapInput {
   const BlockMap& blocks;
   absl::Span<const int32_t> block_indices;  // [S,n] in global order, in the query's document, or -1
   int kv_head = 0;                          // for the title
+  std::string title = "";                   // empty: names the kv head
 };
 
 // InvalidArgument when block_indices has the wrong size or an index no block has.

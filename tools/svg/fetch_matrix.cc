@@ -40,8 +40,9 @@ std::string Short(double value) {
 
 class FetchDrawing {
  public:
-  explicit FetchDrawing(const ForwardStats& stats)
-      : num_ranks_(stats.ranks_size()),
+  FetchDrawing(const ForwardStats& stats, absl::string_view title)
+      : title_(title),
+        num_ranks_(stats.ranks_size()),
         cell_(std::clamp(640.0 / num_ranks_, 26.0, 72.0)),
         grid_size_(cell_ * num_ranks_),
         totals_width_(std::max(cell_, 58.0)),
@@ -59,7 +60,7 @@ class FetchDrawing {
   }
 
   std::string Draw() {
-    canvas_.Text(24, 36, "Selected blocks fetched between ranks", {.size = 20, .bold = true});
+    canvas_.Text(24, 36, title_, {.size = 20, .bold = true});
     canvas_.Text(24, 58,
                  absl::StrCat("numbers in ", unit_.name, ", ", FormatBytes(total_), " in all"),
                  {.size = 13, .color = kMutedInk});
@@ -155,6 +156,7 @@ class FetchDrawing {
                  style);
   }
 
+  const std::string title_;
   const int num_ranks_;
   const double cell_;
   const double grid_size_;
@@ -169,7 +171,7 @@ class FetchDrawing {
 
 }  // namespace
 
-absl::StatusOr<std::string> DrawFetchMatrix(const ForwardStats& stats) {
+absl::StatusOr<std::string> DrawFetchMatrix(const ForwardStats& stats, absl::string_view title) {
   if (stats.ranks_size() == 0) {
     return absl::InvalidArgumentError("ranks: is empty, must have at least one");
   }
@@ -181,7 +183,7 @@ absl::StatusOr<std::string> DrawFetchMatrix(const ForwardStats& stats) {
                        " entries, must have one for each of ", stats.ranks_size(), " ranks"));
     }
   }
-  return FetchDrawing(stats).Draw();
+  return FetchDrawing(stats, title).Draw();
 }
 
 }  // namespace nsa::tools

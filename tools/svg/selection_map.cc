@@ -59,7 +59,10 @@ class SelectionDrawing {
 
   absl::StatusOr<std::string> Draw() {
     if (absl::Status status = Count(); !status.ok()) return status;
-    canvas_.Text(24, 36, absl::StrCat("Blocks that queries select, kv head ", input_.kv_head),
+    canvas_.Text(24, 36,
+                 input_.title.empty()
+                     ? absl::StrCat("Blocks that queries select, kv head ", input_.kv_head)
+                     : input_.title,
                  {.size = 20, .bold = true});
     canvas_.Text(24, 58,
                  absl::StrCat(input_.config.num_selected_blocks, " blocks of ",
