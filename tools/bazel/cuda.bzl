@@ -12,6 +12,7 @@ REQUIRES_CUDA = select({
 _NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
+    "--expt-relaxed-constexpr",  # constexpr functions of plain headers on the device
     "-lineinfo",  # for ncu and compute-sanitizer; costs no speed
     "-gencode=arch=compute_90a,code=sm_90a",
     "-Werror=all-warnings",

@@ -1,0 +1,61 @@
+// The kernels on one NVIDIA Hopper GPU, for bf16 and f16 activations. `stream` is a cudaStream_t.
+//
+// A call enqueues and does not wait, Allocate and Synchronize apart; it may be captured in a graph.
+// Each result is the same bit for bit whatever the cut of queries into calls and segments, and the
+// place (own or halo, own record or slot) that a token is read from. Any number of threads may call
+// one object. InvalidArgument when a tensor's rows are not aligned to 16 bytes.
+#ifndef KERNELS_CUDA_CUDA_KERNELS_H_
+#define KERNELS_CUDA_CUDA_KERNELS_H_
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/cuda/device_memory.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/kernels.h"
+
+namespace nsa::kernels {
+
+struct CudaKernelsOptions {
+  int device = 0;  // CUDA's number of the GPU
+};
+
+class CudaKernels : public Kernels {
+ public:
+  // InvalidArgument when there is no such GPU, or none that these kernels are built for.
+  static absl::StatusOr<std::unique_ptr<Kernels>> Create(const CudaKernelsOptions& options = {});
+
+  absl::Status Supports(const AttentionDims& dims) const override;
+  int64_t RecordBytes(const AttentionDims& dims) const override;
+
+  absl::StatusOr<std::unique_ptr<Memory>> Allocate(int64_t num_bytes) override;
+  absl::Status CopyFromHost(void* dst, const void* host_src, int64_t num_bytes,
+                            void* stream) override;
+  absl::Status CopyToHost(void* host_dst, const void* src, int64_t num_bytes,
+                          void* stream) override;
+  absl::Status Synchronize(void* stream) override;
+
+  absl::Status CopyRows(const CopyRowsParams& params, void* stream) override;
+  absl::Status Compress(const CompressParams& params, void* stream) override;
+  absl::Status PackBlocks(const PackBlocksParams& params, void* stream) override;
+  absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, void* stream) override;
+  absl::Status PlanFetch(const PlanFetchParams& params, void* stream) override;
+  absl::Status AttendSelected(const AttendSelectedParams& params, void* stream) override;
+  absl::Status AttendWindow(const AttendWindowParams& params, void* stream) override;
+
+ private:
+  CudaKernels(int device, const cuda::Device& properties,
+              std::unique_ptr<cuda::ScratchPool> scratch)
+      : device_(device), properties_(properties), scratch_(std::move(scratch)) {}
+
+  const int device_;
+  const cuda::Device properties_;
+  const std::unique_ptr<cuda::ScratchPool> scratch_;
+};
+
+}  // namespace nsa::kernels
+
+#endif  // KERNELS_CUDA_CUDA_KERNELS_H_

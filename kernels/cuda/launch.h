@@ -1,0 +1,53 @@
+// The stages as plain functions that enqueue kernels: what .cu files offer to C++.
+//
+// Each returns the first CUDA error of its launches. Params are those of Kernels, of a 16-bit type,
+// already checked for what these kernels ask of them (see CudaKernels).
+#ifndef KERNELS_CUDA_LAUNCH_H_
+#define KERNELS_CUDA_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/params.h"
+
+namespace nsa::kernels::cuda {
+
+// What launches are fitted to.
+struct Device {
+  int32_t num_sms;
+  int32_t max_shared_bytes;  // of a block
+};
+
+cudaError_t LaunchCopyRows(const CopyRowsParams& params, const Device& device, cudaStream_t stream);
+
+// mean, weighted
+cudaError_t LaunchCompressSum(const CompressParams& params, const Device& device,
+                              cudaStream_t stream);
+// linear, mlp
+cudaError_t LaunchCompressMatrix(const CompressParams& params, const Device& device,
+                                 cudaStream_t stream);
+
+cudaError_t LaunchPackBlocks(const PackBlocksParams& params, cudaStream_t stream);
+
+cudaError_t LaunchPlanFetch(const PlanFetchParams& params, const Device& device,
+                            cudaStream_t stream);
+
+// The shapes that performance is about: l' = 64, (Dk, Dv) of (64,64), (128,128), (192,128).
+bool HasFastAttendSelected(const AttentionDims& dims);
+cudaError_t LaunchAttendSelectedFast(const AttendSelectedParams& params, const Device& device,
+                                     cudaStream_t stream);
+// Any shape.
+cudaError_t LaunchAttendSelectedAny(const AttendSelectedParams& params, const Device& device,
+                                    cudaStream_t stream);
+
+// (Dk, Dv) of (64,64), (128,128), (192,128).
+bool HasFastAttendWindow(const AttentionDims& dims);
+cudaError_t LaunchAttendWindowFast(const AttendWindowParams& params, const Device& device,
+                                   cudaStream_t stream);
+// Any shape.
+cudaError_t LaunchAttendWindowAny(const AttendWindowParams& params, cudaStream_t stream);
+
+}  // namespace nsa::kernels::cuda
+
+#endif  // KERNELS_CUDA_LAUNCH_H_

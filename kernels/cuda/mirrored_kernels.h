@@ -1,0 +1,46 @@
+// Kernels over host memory that compute with other kernels on memory of theirs: every call copies
+// what it reads there and what it writes back. Slow, and for tests only: what is written for host
+// memory then also tests a device.
+#ifndef KERNELS_CUDA_MIRRORED_KERNELS_H_
+#define KERNELS_CUDA_MIRRORED_KERNELS_H_
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/kernels.h"
+
+namespace nsa::kernels::cuda {
+
+// Streams are not passed on: the calls wait.
+class MirroredKernels : public Kernels {
+ public:
+  explicit MirroredKernels(std::shared_ptr<Kernels> device) : device_(std::move(device)) {}
+
+  absl::Status Supports(const AttentionDims& dims) const override;
+  int64_t RecordBytes(const AttentionDims& dims) const override;
+
+  absl::StatusOr<std::unique_ptr<Memory>> Allocate(int64_t num_bytes) override;
+  absl::Status CopyFromHost(void* dst, const void* host_src, int64_t num_bytes,
+                            void* stream) override;
+  absl::Status CopyToHost(void* host_dst, const void* src, int64_t num_bytes,
+                          void* stream) override;
+  absl::Status Synchronize(void* stream) override;
+
+  absl::Status CopyRows(const CopyRowsParams& params, void* stream) override;
+  absl::Status Compress(const CompressParams& params, void* stream) override;
+  absl::Status PackBlocks(const PackBlocksParams& params, void* stream) override;
+  absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, void* stream) override;
+  absl::Status PlanFetch(const PlanFetchParams& params, void* stream) override;
+  absl::Status AttendSelected(const AttendSelectedParams& params, void* stream) override;
+  absl::Status AttendWindow(const AttendWindowParams& params, void* stream) override;
+
+ private:
+  const std::shared_ptr<Kernels> device_;
+};
+
+}  // namespace nsa::kernels::cuda
+
+#endif  // KERNELS_CUDA_MIRRORED_KERNELS_H_

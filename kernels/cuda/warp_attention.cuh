@@ -1,0 +1,209 @@
+// Softmax attention of one warp: 16 rows over tiles of at most 64 keys that lie in shared memory in
+// the layout of a record (record_layout.h).
+//
+// A row is a (query, head) pair; lane 4g + c works on rows g and g + 8. What a row becomes depends
+// on its own keys only: a tile of which it sees nothing leaves it as it is, bit for bit.
+#ifndef KERNELS_CUDA_WARP_ATTENTION_CUH_
+#define KERNELS_CUDA_WARP_ATTENTION_CUH_
+
+#include <cfloat>
+#include <cstdint>
+
+#include "kernels/cuda/ptx.cuh"
+
+namespace nsa::kernels::cuda {
+
+constexpr int kTileKeys = 64;
+
+// q of a warp's rows as operands of the matrix instructions, in registers.
+template <int kDk>
+class RegisterQ {
+ public:
+  __device__ void Set(int group, int row, const uint4& values) { q_[group][row] = values; }
+  __device__ const uint4& Get(int group, int row) const { return q_[group][row]; }
+  __device__ static constexpr int num_groups() { return kDk / 32; }
+
+ private:
+  uint4 q_[kDk / 32][2];
+};
+
+// The same in shared memory, for any Dk; each lane reads what it wrote.
+class SharedQ {
+ public:
+  // `memory` is of this warp, Dk * 32 bytes.
+  __device__ SharedQ(uint4* memory, int head_dim)
+      : memory_(memory + threadIdx.x % 32), num_groups_(head_dim / 32) {}
+  __device__ void Set(int group, int row, const uint4& values) {
+    memory_[(group * 2 + row) * 32] = values;
+  }
+  __device__ uint4 Get(int group, int row) const { return memory_[(group * 2 + row) * 32]; }
+  __device__ int num_groups() const { return num_groups_; }
+
+ private:
+  uint4* memory_;
+  int num_groups_;
+};
+
+// Keys of a tile that each of a lane's two rows sees.
+struct VisibleKeys {
+  int begin[2];
+  int end[2];
+};
+
+template <class T, int kDv>
+class WarpAttention {
+ public:
+  // scale_log2 = softmax scale * log2(e)
+  __device__ explicit WarpAttention(float scale_log2) : scale_log2_(scale_log2) { Reset(); }
+
+  __device__ void Reset() {
+#pragma unroll
+    for (int i = 0; i < kDv / 8; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o_[i][e] = 0.0f;
+    }
+    // Finite, so that a tile without a visible key makes no inf - inf.
+    max_[0] = max_[1] = -FLT_MAX;
+    sum_[0] = sum_[1] = 0.0f;
+  }
+
+  // The tile's keys and values at shared addresses `k` and `v`. kWidth: the number of keys, or 0
+  // when it is `width`, a multiple of 16. `visible` bounds what rows see if kMasked.
+  template <int kWidth, bool kMasked, class Q>
+  __device__ void Attend(const Q& q, uint32_t k, uint32_t v, int width,
+                         const VisibleKeys& visible) {
+    const int lane = threadIdx.x % 32;
+    const int num_keys = kWidth != 0 ? kWidth : width;
+
+    // s = q k^T
+    float s[kTileKeys / 8][4];
+#pragma unroll
+    for (int j = 0; j < kTileKeys / 8; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[j][e] = 0.0f;
+    }
+    const uint32_t k_lane = k + lane * 16;
+#pragma unroll
+    for (int group = 0; group < q.num_groups(); ++group) {
+      const uint4 low = q.Get(group, 0), high = q.Get(group, 1);
+#pragma unroll
+      for (int j = 0; j < kTileKeys / 8; ++j) {
+        if (kWidth == 0 && j * 8 >= num_keys) break;
+        uint32_t b[4];
+        LoadMatrices(b, k_lane + (j * q.num_groups() + group) * 512);
+        MultiplyAdd<T>(s[j], low.x, high.x, low.y, high.y, b[0], b[1]);
+        MultiplyAdd<T>(s[j], low.z, high.z, low.w, high.w, b[2], b[3]);
+      }
+    }
+
+    if constexpr (kMasked || kWidth == 0) {
+#pragma unroll
+      for (int j = 0; j < kTileKeys / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int key = j * 8 + lane % 4 * 2 + e % 2;
+          bool hidden = kWidth == 0 && key >= num_keys;
+          if (kMasked) hidden |= key < visible.begin[e / 2] || key >= visible.end[e / 2];
+          if (hidden) s[j][e] = -INFINITY;
+        }
+      }
+    }
+
+    // p = exp(s - max), and what is there already follows the maximum.
+    float max_log2[2];
+    float factor[2];
+    bool changed = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float row_max = max_[r];
+#pragma unroll
+      for (int j = 0; j < kTileKeys / 8; ++j) {
+        row_max = fmaxf(row_max, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
+      }
+      row_max = fmaxf(row_max, __shfl_xor_sync(kFullWarp, row_max, 1));
+      row_max = fmaxf(row_max, __shfl_xor_sync(kFullWarp, row_max, 2));
+      max_log2[r] = MaxLog2(row_max);
+      factor[r] = Exp2(MaxLog2(max_[r]) - max_log2[r]);
+      changed |= row_max != max_[r];
+      max_[r] = row_max;
+    }
+    // Mostly no maximum moves, and to multiply by one changes nothing.
+    if (__any_sync(kFullWarp, changed)) {
+#pragma unroll
+      for (int i = 0; i < kDv / 8; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o_[i][e] *= factor[e / 2];
+      }
+      sum_[0] *= factor[0];
+      sum_[1] *= factor[1];
+    }
+    uint32_t p[kTileKeys / 8][2];
+#pragma unroll
+    for (int j = 0; j < kTileKeys / 8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float p0 = Exp2(fmaf(s[j][2 * r], scale_log2_, -max_log2[r]));
+        const float p1 = Exp2(fmaf(s[j][2 * r + 1], scale_log2_, -max_log2[r]));
+        sum_[r] += p0 + p1;
+        p[j][r] = Pack2<T>(p0, p1);
+      }
+    }
+
+    // o += p v. Lanes address two matrices of 8 tokens each, for two matrices of dimensions.
+    constexpr int kGroups = kDv / 32;
+    const uint32_t v_lane = v + lane / 8 % 2 * (kGroups * 512) + lane / 16 * 128 + lane % 8 * 16;
+#pragma unroll
+    for (int i = 0; i < kTileKeys / 16; ++i) {
+      if (kWidth == 0 && i * 16 >= num_keys) break;
+#pragma unroll
+      for (int m = 0; m < kDv / 8; m += 2) {
+        uint32_t b[4];
+        LoadMatricesTransposed(b, v_lane + i * (kGroups * 1024) + m * 128);
+        MultiplyAdd<T>(o_[m], p[2 * i][0], p[2 * i][1], p[2 * i + 1][0], p[2 * i + 1][1], b[0],
+                       b[1]);
+        MultiplyAdd<T>(o_[m + 1], p[2 * i][0], p[2 * i][1], p[2 * i + 1][0], p[2 * i + 1][1], b[2],
+                       b[3]);
+      }
+    }
+  }
+
+  // Divides by the sums; 0 for a row that saw no key. Returns the natural log of the sum of
+  // exponentials of row g + 8 * r in lse[r]; -inf for such a row.
+  __device__ void Finish(float (&lse)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = sum_[r];
+      sum += __shfl_xor_sync(kFullWarp, sum, 1);
+      sum += __shfl_xor_sync(kFullWarp, sum, 2);
+      const float inverse = sum > 0.0f ? __fdividef(1.0f, sum) : 0.0f;
+      lse[r] = sum > 0.0f ? (MaxLog2(max_[r]) + Log2(sum)) * 0.6931471805599453f : -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kDv / 8; ++i) {
+        // + 0 makes a zero positive, whatever tiles of zeros were added to it.
+        o_[i][2 * r] = fmaf(o_[i][2 * r], inverse, 0.0f);
+        o_[i][2 * r + 1] = fmaf(o_[i][2 * r + 1], inverse, 0.0f);
+      }
+    }
+  }
+
+  // Dimensions 32 * group + 8 * c + [0, 8) of row g + 8 * r.
+  __device__ void Get(int group, int r, float (&values)[8]) const {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      values[2 * m] = o_[group * 4 + m][2 * r];
+      values[2 * m + 1] = o_[group * 4 + m][2 * r + 1];
+    }
+  }
+
+ private:
+  __device__ float MaxLog2(float max) const { return fmaxf(max * scale_log2_, -FLT_MAX); }
+
+  float o_[kDv / 8][4];
+  float max_[2];
+  float sum_[2];
+  const float scale_log2_;
+};
+
+}  // namespace nsa::kernels::cuda
+
+#endif  // KERNELS_CUDA_WARP_ATTENTION_CUH_
