@@ -27,9 +27,9 @@ absl::Status LinkBroke(int rank, absl::string_view how);
 // Unavailable: `waiting` needs `left` in `call`, which destroyed its communicator in good order.
 absl::Status PeerLeft(absl::string_view call, int waiting, int left);
 
-// `rank` gave up after `why` and destroyed its communicator. DeadlineExceeded when a deadline made it
-// give up, so that a stopped rank looks the same to those that waited longest and those that learn it
-// from them; else Unavailable.
+// `rank` gave up after `why` and destroyed its communicator. DeadlineExceeded when a deadline made
+// it give up, so that a stopped rank looks the same to those that waited longest and those that
+// learn it from them; else Unavailable.
 absl::Status PeerFailed(int rank, const absl::Status& why);
 
 // Aborted: `rank` called Abort(reason).
