@@ -19,7 +19,13 @@ absl::Status PostOffice::Transfer(CallKind kind, absl::Span<const SendOp> sends,
   for (const SendOp& send : sends) {
     WireHeader header = {MessageType::kData, rank_};
     header.data = {calls_, send.num_bytes, rank_, sent[send.peer]++, total[send.peer], kind};
-    worker_.Send(send.peer, header, send.data, send.num_bytes);
+    if (send.num_bytes <= kSegmentBytes) {
+      worker_.Send(send.peer, header, send.data, send.num_bytes);
+    } else {
+      header.type = MessageType::kOffer;
+      header.memory = reads_.Offer(send.peer, send.data, send.num_bytes);
+      worker_.Post(send.peer, header);
+    }
   }
   const absl::Status status = worker_.Wait(
       CallName(kind), [this] { return inbox_.done() && worker_.unfinished() == 0; },
@@ -34,16 +40,26 @@ absl::Status PostOffice::Transfer(CallKind kind, absl::Span<const SendOp> sends,
   return status.ok() ? invalid : status;
 }
 
-void PostOffice::OnMessage(const MessageHeader& header, const void* data) {
-  switch (inbox_.Offer(header)) {
+void PostOffice::OnMessage(const WireHeader& header, const void* data) {
+  if (header.type == MessageType::kOffer) {
+    kept_.push_back({header, ""});
+    new_offers_ = true;
+  } else {
+    TakeMessage(header, data);
+  }
+}
+
+void PostOffice::TakeMessage(const WireHeader& header, const void* data) {
+  const MessageHeader& message = header.data;
+  switch (inbox_.Offer(message)) {
     case Inbox::Fate::kDeliver: {
-      void* const destination = inbox_.Destination(header);
-      if (header.num_bytes > 0) std::memcpy(destination, data, header.num_bytes);
-      inbox_.Delivered(header);
+      void* const destination = inbox_.Destination(message);
+      if (message.num_bytes > 0) std::memcpy(destination, data, message.num_bytes);
+      inbox_.Delivered(message);
       return;
     }
     case Inbox::Fate::kEarly:
-      kept_.push_back({header, std::string(static_cast<const char*>(data), header.num_bytes)});
+      kept_.push_back({header, std::string(static_cast<const char*>(data), message.num_bytes)});
       return;
     case Inbox::Fate::kDrop:
       return;
@@ -53,9 +69,23 @@ void PostOffice::OnMessage(const MessageHeader& header, const void* data) {
   }
 }
 
-void PostOffice::OnOffer(const MessageHeader& header, void* offer) {
-  kept_.push_back({header, "", offer});
-  new_offers_ = true;
+void PostOffice::TakeOffer(const WireHeader& header) {
+  const MessageHeader message = header.data;
+  switch (inbox_.Offer(message)) {
+    case Inbox::Fate::kDeliver:
+      reads_.Read(header.sender, header.memory, 0, message.num_bytes, inbox_.Destination(message),
+                  [this, message] { inbox_.Delivered(message); });
+      return;
+    case Inbox::Fate::kEarly:
+      kept_.push_back({header, ""});
+      return;
+    case Inbox::Fate::kDrop:
+      reads_.Refuse(header.sender, header.memory);
+      return;
+    case Inbox::Fate::kBreak:
+      health_.Break(inbox_.violation()).IgnoreError();
+      return;
+  }
 }
 
 void PostOffice::AfterProgress() {
@@ -63,36 +93,14 @@ void PostOffice::AfterProgress() {
 }
 
 void PostOffice::TakeKept() {
-  std::vector<Kept> still_early;
-  for (Kept& kept : std::exchange(kept_, {})) {
-    if (kept.offer == nullptr) {
-      OnMessage(kept.header, kept.data.data());  // may keep it again
-      continue;
-    }
-    switch (inbox_.Offer(kept.header)) {
-      case Inbox::Fate::kDeliver:
-        worker_.Receive(kept.header, kept.offer, inbox_.Destination(kept.header));
-        break;
-      case Inbox::Fate::kEarly:
-        still_early.push_back(std::move(kept));
-        break;
-      case Inbox::Fate::kDrop:
-        worker_.Refuse(kept.offer);
-        break;
-      case Inbox::Fate::kBreak:
-        worker_.Refuse(kept.offer);
-        health_.Break(inbox_.violation()).IgnoreError();
-        break;
+  // What is still early is kept again.
+  for (const Kept& kept : std::exchange(kept_, {})) {
+    if (kept.header.type == MessageType::kOffer) {
+      TakeOffer(kept.header);
+    } else {
+      TakeMessage(kept.header, kept.data.data());
     }
   }
-  for (Kept& kept : still_early) kept_.push_back(std::move(kept));
-}
-
-void PostOffice::Close() {
-  for (const Kept& kept : kept_) {
-    if (kept.offer != nullptr) worker_.Refuse(kept.offer);
-  }
-  kept_.clear();
 }
 
 }  // namespace nsa::comm::ucx

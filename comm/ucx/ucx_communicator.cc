@@ -10,6 +10,7 @@
 #include "comm/errors.h"
 #include "comm/host_communicator.h"
 #include "comm/ucx/post_office.h"
+#include "comm/ucx/remote_reads.h"
 #include "comm/ucx/ucx_window.h"
 #include "comm/ucx/window_board.h"
 #include "comm/ucx/worker.h"
@@ -42,9 +43,11 @@ class Impl final : public HostCommunicator, private MessageHandler {
   absl::StatusOr<std::unique_ptr<HostWindow>> AllocateWindow(int64_t num_bytes) override;
 
   void OnMessage(const WireHeader& header, const void* data, size_t num_bytes) override;
-  void OnOffer(const WireHeader& header, void* offer, size_t num_bytes) override;
-  void OnReceived(const MessageHeader& header) override { post_office_->OnReceived(header); }
+  void OnChunkSent(int64_t memory, int64_t num_bytes) override {
+    reads_->OnChunkSent(memory, num_bytes);
+  }
   void AfterProgress() override;
+  void OnAbandon() override { reads_->Abandon(); }
 
   void OnPeerEvent(const PeerEvent& event);
   // Waits for what peers still need of this rank. True when all have it.
@@ -54,6 +57,7 @@ class Impl final : public HostCommunicator, private MessageHandler {
   const std::unique_ptr<Bootstrap> bootstrap_;
   std::unique_ptr<Worker> worker_;
   // Guarded by the worker's mutex, as is all below.
+  std::unique_ptr<RemoteReads> reads_;
   std::unique_ptr<PostOffice> post_office_;
   std::unique_ptr<WindowBoard> board_;
   std::vector<bool> farewells_seen_;  // [size] of ours, by that rank
@@ -68,8 +72,10 @@ absl::Status Impl::Start() {
   if (!worker.ok()) return health().Break(worker.status());
   worker_ = *std::move(worker);
   worker_->SetTimeout(options_.connect_timeout);
-  post_office_ = std::make_unique<PostOffice>(rank(), size(), worker_.get(), &health());
-  board_ = std::make_unique<WindowBoard>(rank(), size(), worker_.get());
+  reads_ = std::make_unique<RemoteReads>(rank(), options_.max_reads_in_flight, worker_.get());
+  post_office_ =
+      std::make_unique<PostOffice>(rank(), size(), worker_.get(), reads_.get(), &health());
+  board_ = std::make_unique<WindowBoard>(rank(), size(), worker_.get(), reads_.get());
 
   absl::StatusOr<std::string> address = worker_->Address();
   if (!address.ok()) return health().Break(address.status());
@@ -89,10 +95,6 @@ Impl::~Impl() {
   bootstrap_->SetPeerHandler(nullptr);
   bootstrap_->Leave(health().status());
   if (worker_ == nullptr) return;
-  {
-    absl::MutexLock lock(&worker_->mu());
-    post_office_->Close();
-  }
   worker_->Stop(gracefully);
   board_->Clear();
 }
@@ -133,10 +135,16 @@ void Impl::OnPeerEvent(const PeerEvent& event) {
   worker_->WakeAll();
 }
 
-void Impl::OnMessage(const WireHeader& header, const void* data, size_t /*num_bytes*/) {
+void Impl::OnMessage(const WireHeader& header, const void* data, size_t num_bytes) {
   switch (header.type) {
     case MessageType::kData:
-      post_office_->OnMessage(header.data, data);
+    case MessageType::kOffer:
+      post_office_->OnMessage(header, data);
+      return;
+    case MessageType::kRefusal:
+    case MessageType::kReadRequest:
+    case MessageType::kReadChunk:
+      reads_->OnMessage(header, data, num_bytes);
       return;
     case MessageType::kPublished:
     case MessageType::kReleased:
@@ -151,12 +159,9 @@ void Impl::OnMessage(const WireHeader& header, const void* data, size_t /*num_by
   }
 }
 
-void Impl::OnOffer(const WireHeader& header, void* offer, size_t /*num_bytes*/) {
-  post_office_->OnOffer(header.data, offer);
-}
-
 void Impl::AfterProgress() {
   post_office_->AfterProgress();
+  reads_->AfterProgress();
   for (int peer : std::exchange(to_answer_, {})) {
     worker_->Post(peer, {MessageType::kFarewellSeen, rank()});
     worker_->MarkLeft(peer);
@@ -175,7 +180,8 @@ absl::StatusOr<std::unique_ptr<HostWindow>> Impl::AllocateWindow(int64_t num_byt
     return memory.status();
   }
   return std::make_unique<UcxWindow>(rank(), size(), &health(), worker_.get(), board_.get(),
-                                     options_.max_reads_in_flight, id, *std::move(memory));
+                                     reads_.get(), options_.max_reads_in_flight, id,
+                                     *std::move(memory));
 }
 
 absl::Status CheckOptions(const UcxOptions& options) {

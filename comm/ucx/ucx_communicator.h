@@ -17,8 +17,8 @@ struct UcxOptions {
   absl::Duration timeout = absl::Seconds(60);          // of every wait
   absl::Duration connect_timeout = absl::Seconds(60);  // of those in Create
 
-  // What this host offers, in UCX's words (UCX_TLS, UCX_NET_DEVICES); empty leaves it to UCX.
-  // Transports must be common to the ranks, devices may differ: "tcp,self,sm", "eth0,lo".
+  // Which transports and devices to use, in UCX's words (UCX_TLS, UCX_NET_DEVICES). No transports:
+  // shared memory and TCP. No devices: all. Ranks may name different devices: "eth0,lo".
   std::string tls;
   std::string net_devices;
 

@@ -10,17 +10,20 @@
 namespace nsa::comm::ucx {
 
 UcxWindow::UcxWindow(int rank, int size, const Health* health, Worker* worker, WindowBoard* board,
-                     int max_reads_in_flight, int64_t id, std::unique_ptr<MappedMemory> memory)
+                     RemoteReads* reads, int max_reads_in_flight, int64_t id,
+                     std::unique_ptr<MappedMemory> memory)
     : HostWindow(rank, health),
       rank_(rank),
       worker_(*worker),
       board_(*board),
+      reads_(*reads),
       max_reads_in_flight_(max_reads_in_flight),
       id_(id),
       everyone_(size),
       memory_(std::move(memory)),
       remotes_(size) {
   std::iota(everyone_.begin(), everyone_.end(), 0);
+  reads_.AddWindow(id_, memory_->data(), memory_->num_bytes());
 }
 
 UcxWindow::~UcxWindow() {
@@ -59,6 +62,10 @@ absl::Status UcxWindow::Connect(absl::Span<const std::string> exported) {
                                               ": ", ucs_status_string(s)));
     }
     remotes_[peer].rkey.reset(rkey);
+    // Of the host transports only shared memory can read by itself, and that it maps.
+    void* mapped = nullptr;
+    remotes_[peer].by_get = !worker_.copies_only_when_driven() ||
+                            ucp_rkey_ptr(rkey, remotes_[peer].address, &mapped) == UCS_OK;
   }
   return absl::OkStatus();
 }
@@ -108,11 +115,19 @@ absl::Status UcxWindow::Read(absl::Span<const WindowRead> reads, void* dst) {
   absl::MutexLock lock(&worker_.mu());
   const auto unfinished = [this] { return worker_.UnfinishedRanks(); };
   for (const WindowRead& read : reads) {
-    worker_.Read(read.peer, static_cast<char*>(dst) + read.dst_offset, read.num_bytes,
-                 remotes_[read.peer].address + read.window_offset, remotes_[read.peer].rkey.get());
-    if (worker_.unfinished() < max_reads_in_flight_) continue;
+    const Remote& remote = remotes_[read.peer];
+    char* const to = static_cast<char*>(dst) + read.dst_offset;
+    if (!remote.by_get) {
+      // Keeps to the limit by itself.
+      reads_.Read(read.peer, id_, read.window_offset, read.num_bytes, to, nullptr);
+      continue;
+    }
+    worker_.Get(read.peer, to, read.num_bytes, remote.address + read.window_offset,
+                remote.rkey.get());
+    if (worker_.gets_in_flight() < max_reads_in_flight_) continue;
     if (absl::Status s = worker_.Wait(
-            "Gather", [this] { return worker_.unfinished() < max_reads_in_flight_; }, unfinished);
+            "Gather", [this] { return worker_.gets_in_flight() < max_reads_in_flight_; },
+            unfinished);
         !s.ok()) {
       return s;
     }

@@ -1,4 +1,4 @@
-// A window whose memory peers read by one-sided UCP gets.
+// A window that peers read by one-sided UCP gets, or by messages where the transport has none.
 #ifndef COMM_UCX_UCX_WINDOW_H_
 #define COMM_UCX_UCX_WINDOW_H_
 
@@ -12,6 +12,7 @@
 #include "comm/health.h"
 #include "comm/host_communicator.h"
 #include "comm/ucx/handles.h"
+#include "comm/ucx/remote_reads.h"
 #include "comm/ucx/window_board.h"
 #include "comm/ucx/worker.h"
 
@@ -20,7 +21,8 @@ namespace nsa::comm::ucx {
 class UcxWindow final : public HostWindow {
  public:
   UcxWindow(int rank, int size, const Health* health, Worker* worker, WindowBoard* board,
-            int max_reads_in_flight, int64_t id, std::unique_ptr<MappedMemory> memory);
+            RemoteReads* reads, int max_reads_in_flight, int64_t id,
+            std::unique_ptr<MappedMemory> memory);
   ~UcxWindow() override;
 
   void* data() override { return memory_->data(); }
@@ -30,6 +32,7 @@ class UcxWindow final : public HostWindow {
   struct Remote {
     uint64_t address = 0;
     Rkey rkey;
+    bool by_get = false;  // the transport reads it by itself; else by messages
   };
 
   std::string Export() const override;
@@ -43,6 +46,7 @@ class UcxWindow final : public HostWindow {
   const int rank_;
   Worker& worker_;
   WindowBoard& board_;
+  RemoteReads& reads_;
   const int max_reads_in_flight_;
   const int64_t id_;
   std::vector<int> everyone_;

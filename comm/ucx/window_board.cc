@@ -81,7 +81,7 @@ void WindowBoard::Retire(int64_t window, int64_t published_epoch,
 }
 
 void WindowBoard::OnMessage(const WireHeader& header) {
-  const auto found = counters_.find(header.window);
+  const auto found = counters_.find(header.memory);
   if (found == counters_.end()) return;  // destroyed here, and nobody reads it any more
   if (header.type == MessageType::kPublished) {
     found->second.published[header.sender] = header.epoch;
@@ -106,7 +106,10 @@ void WindowBoard::AfterProgress() {
   if (!std::exchange(look_at_retired_, false)) return;
   const auto end = std::partition(retired_.begin(), retired_.end(),
                                   [this](const Retired& retired) { return MayBeRead(retired); });
-  for (auto it = end; it != retired_.end(); ++it) counters_.erase(it->window);
+  for (auto it = end; it != retired_.end(); ++it) {
+    counters_.erase(it->window);
+    reads_.RemoveWindow(it->window);
+  }
   retired_.erase(end, retired_.end());
 }
 

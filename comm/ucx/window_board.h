@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "comm/ucx/handles.h"
+#include "comm/ucx/remote_reads.h"
 #include "comm/ucx/worker.h"
 
 namespace nsa::comm::ucx {
@@ -41,7 +42,8 @@ class MappedMemory {
 // All methods are called with the worker's mutex held.
 class WindowBoard {
  public:
-  WindowBoard(int rank, int size, Worker* worker) : rank_(rank), size_(size), worker_(*worker) {}
+  WindowBoard(int rank, int size, Worker* worker, RemoteReads* reads)
+      : rank_(rank), size_(size), worker_(*worker), reads_(*reads) {}
 
   // Every rank numbers its windows in the order of creation, which is the same on all.
   int64_t Add();
@@ -86,6 +88,7 @@ class WindowBoard {
   const int rank_;
   const int size_;
   Worker& worker_;
+  RemoteReads& reads_;
   int64_t num_windows_ = 0;
   std::map<int64_t, Counters> counters_;  // of windows that live here or are retired
   std::vector<Retired> retired_;

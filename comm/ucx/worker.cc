@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "comm/errors.h"
 
 namespace nsa::comm::ucx {
@@ -25,6 +26,8 @@ constexpr absl::Duration kCloseTime = absl::Seconds(2);
 // often.
 constexpr absl::Duration kBusyPause = absl::Microseconds(200);
 constexpr int kArmAttempts = 4;
+// Room for our header and UCX's in a segment.
+constexpr int64_t kSegmentOverhead = 1024;
 
 absl::StatusOr<Context> MakeContext(const WorkerOptions& options) {
   ucp_config_t* raw_config = nullptr;
@@ -32,11 +35,18 @@ absl::StatusOr<Context> MakeContext(const WorkerOptions& options) {
     return UcsError("ucp_config_read", s);
   }
   const Config config(raw_config);
+  const std::string segment = absl::StrCat(kSegmentBytes + kSegmentOverhead);
   const std::pair<const char*, std::string> settings[] = {
-      {"TLS", options.tls},
+      {"TLS", options.tls.empty() ? kHostTransports : options.tls},
       {"NET_DEVICES", options.net_devices},
       // Without this, shared memory is left out of endpoints that report errors (UCX 1.13).
       {"MM_ERROR_HANDLING", "y"},
+      // Every message goes as one segment, copied: see RemoteReads for why.
+      {"ZCOPY_THRESH", "inf"},
+      {"RNDV_THRESH", "inf"},
+      {"TCP_TX_SEG_SIZE", segment},
+      {"TCP_RX_SEG_SIZE", segment},
+      {"MM_SEG_SIZE", segment},
   };
   for (const auto& [name, value] : settings) {
     if (value.empty()) continue;
@@ -60,10 +70,25 @@ absl::StatusOr<Context> MakeContext(const WorkerOptions& options) {
   return Context(context);
 }
 
+// True if UCX may use no transport but those of kHostTransports.
+bool AreHostTransports(absl::string_view tls) {
+  constexpr absl::string_view kNames[] = {"sm",    "shm", "mm",   "posix", "sysv",
+                                          "xpmem", "cma", "knem", "tcp",   "self"};
+  if (tls.empty()) return true;
+  const std::vector<absl::string_view> parts = absl::StrSplit(tls, ',');
+  return std::all_of(parts.begin(), parts.end(), [&](absl::string_view part) {
+    return std::find(std::begin(kNames), std::end(kNames), part) != std::end(kNames);
+  });
+}
+
 }  // namespace
 
 Worker::Worker(int rank, int size, const WorkerOptions& options, Health* health)
-    : rank_(rank), options_(options), health_(health), peers_(size) {
+    : rank_(rank),
+      options_(options),
+      copies_only_when_driven_(AreHostTransports(options.tls)),
+      health_(health),
+      peers_(size) {
   for (int peer = 0; peer < size; ++peer) {
     peers_[peer].worker = this;
     peers_[peer].rank = peer;
@@ -201,7 +226,7 @@ void Worker::RunProgress() {
     bool armed;
     {
       absl::MutexLock lock(&mu_);
-      if (stopping_) return;
+      if (stopping_ || frozen_) return;
       if (ProgressAndArm(armed)) changed_.SignalAll();
     }
     pollfd entries[] = {{event_fd_, POLLIN, 0}, {wake_fd_, POLLIN, 0}};
@@ -218,19 +243,27 @@ void Worker::RunProgress() {
   }
 }
 
-Worker::Operation* Worker::NewOperation(int peer, bool tracked, bool is_receive) {
+void Worker::BeginUnfinished(int peer) {
+  ++unfinished_;
+  ++peers_[peer].unfinished;
+}
+
+void Worker::EndUnfinished(int peer) {
+  --unfinished_;
+  --peers_[peer].unfinished;
+}
+
+Worker::Operation* Worker::NewOperation(int peer, Purpose purpose, int64_t num_bytes) {
   if (free_operations_.empty()) {
     operations_.push_back(std::make_unique<Operation>());
     free_operations_.push_back(operations_.back().get());
   }
   Operation* const operation = free_operations_.back();
   free_operations_.pop_back();
-  *operation = {this, peer, tracked, is_receive, {}};
-  if (tracked) {
-    ++unfinished_;
-    ++outstanding_;
-    ++peers_[peer].unfinished;
-  }
+  *operation = {this, peer, purpose, num_bytes, {}};
+  if (purpose == Purpose::kSend || purpose == Purpose::kGet) BeginUnfinished(peer);
+  if (purpose == Purpose::kGet) ++gets_in_flight_;
+  if (purpose != Purpose::kPost) ++outstanding_;
   return operation;
 }
 
@@ -244,15 +277,16 @@ void Worker::Started(Operation* operation, ucs_status_ptr_t request) {
 }
 
 void Worker::Finished(Operation* operation, ucs_status_t status) {
-  Peer& peer = peers_[operation->peer];
-  if (operation->tracked) --outstanding_;
+  const Purpose purpose = operation->purpose;
+  if (purpose == Purpose::kGet) --gets_in_flight_;
+  if (purpose != Purpose::kPost) --outstanding_;
   if (status != UCS_OK) {
     // Stays unfinished, so that the wait for it finds the broken link.
-    NoteLinkError(peer, status);
-  } else if (operation->tracked) {
-    --unfinished_;
-    --peer.unfinished;
-    if (operation->is_receive) handler_->OnReceived(operation->header.data);
+    NoteLinkError(peers_[operation->peer], status);
+  } else if (purpose == Purpose::kSend || purpose == Purpose::kGet) {
+    EndUnfinished(operation->peer);
+  } else if (purpose == Purpose::kChunk) {
+    handler_->OnChunkSent(operation->header.memory, operation->num_bytes);
   }
   free_operations_.push_back(operation);
 }
@@ -271,95 +305,76 @@ void Worker::OnSent(void* request, ucs_status_t status,
   ucp_request_free(request);
 }
 
-void Worker::OnDataReceived(void* request, ucs_status_t status, size_t /*length*/,
-                            void* user_data) {
-  OnSent(request, status, user_data);
-}
-
 void Worker::OnLinkError(void* arg, ucp_ep_h /*endpoint*/,
                          ucs_status_t status) ABSL_NO_THREAD_SAFETY_ANALYSIS {
   auto* peer = static_cast<Peer*>(arg);
   peer->worker->NoteLinkError(*peer, status);
 }
 
-ucs_status_t Worker::OnActiveMessage(void* arg, const void* header_bytes, size_t header_length,
-                                     void* data, size_t length, const ucp_am_recv_param_t* param)
-    ABSL_NO_THREAD_SAFETY_ANALYSIS {
+ucs_status_t Worker::OnActiveMessage(
+    void* arg, const void* header_bytes, size_t header_length, void* data, size_t length,
+    const ucp_am_recv_param_t* /*param*/) ABSL_NO_THREAD_SAFETY_ANALYSIS {
   auto* const worker = static_cast<Worker*>(arg);
   const int size = static_cast<int>(worker->peers_.size());
   WireHeader header;
   if (header_length != sizeof(header)) return UCS_OK;  // none of ours
   std::memcpy(&header, header_bytes, sizeof(header));
   const MessageHeader& message = header.data;
-  if (header.sender < 0 || header.sender >= size ||
-      (header.type == MessageType::kData &&
-       (message.sender != header.sender || message.index < 0 || message.index >= message.count ||
-        message.num_bytes != static_cast<int64_t>(length)))) {
-    return UCS_OK;
-  }
-  if ((param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0) {
-    worker->handler_->OnOffer(header, data, length);
-    return UCS_INPROGRESS;
+  if (header.sender < 0 || header.sender >= size) return UCS_OK;
+  if (header.type == MessageType::kData || header.type == MessageType::kOffer) {
+    if (message.sender != header.sender || message.index < 0 || message.index >= message.count) {
+      return UCS_OK;
+    }
+    if (header.type == MessageType::kData && message.num_bytes != static_cast<int64_t>(length)) {
+      return UCS_OK;
+    }
   }
   worker->handler_->OnMessage(header, data, length);
   return UCS_OK;
 }
 
-void Worker::Send(int peer, const WireHeader& header, const void* data, size_t num_bytes) {
-  Operation* const operation = NewOperation(peer, /*tracked=*/true, /*is_receive=*/false);
+void Worker::SendMessage(Operation* operation, const WireHeader& header, const void* data) {
   operation->header = header;
-  ucp_request_param_t param = {};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.cb.send = &Worker::OnSent;
-  param.user_data = operation;
-  if (peers_[peer].endpoint == nullptr) {
+  const Peer& peer = peers_[operation->peer];
+  if (frozen_ || peer.endpoint == nullptr || peer.link_error != UCS_OK) {
     Finished(operation, UCS_ERR_NOT_CONNECTED);
     return;
   }
-  Started(operation, ucp_am_send_nbx(peers_[peer].endpoint, kActiveMessageId, &operation->header,
-                                     sizeof(WireHeader), data, num_bytes, &param));
+  ucp_request_param_t param = {};
+  param.op_attr_mask =
+      UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_FLAGS;
+  param.cb.send = &Worker::OnSent;
+  param.user_data = operation;
+  param.flags = UCP_AM_SEND_FLAG_EAGER;
+  Started(operation, ucp_am_send_nbx(peer.endpoint, kActiveMessageId, &operation->header,
+                                     sizeof(WireHeader), data, operation->num_bytes, &param));
+}
+
+void Worker::Send(int peer, const WireHeader& header, const void* data, int64_t num_bytes) {
+  SendMessage(NewOperation(peer, Purpose::kSend, num_bytes), header, data);
+}
+
+void Worker::SendChunk(int peer, const WireHeader& header, const void* data, int64_t num_bytes) {
+  SendMessage(NewOperation(peer, Purpose::kChunk, num_bytes), header, data);
 }
 
 void Worker::Post(int peer, const WireHeader& header) {
-  Operation* const operation = NewOperation(peer, /*tracked=*/false, /*is_receive=*/false);
-  operation->header = header;
-  ucp_request_param_t param = {};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.cb.send = &Worker::OnSent;
-  param.user_data = operation;
-  if (peers_[peer].endpoint == nullptr || peers_[peer].link_error != UCS_OK) {
-    Finished(operation, UCS_ERR_NOT_CONNECTED);
-    return;
-  }
-  Started(operation, ucp_am_send_nbx(peers_[peer].endpoint, kActiveMessageId, &operation->header,
-                                     sizeof(WireHeader), nullptr, 0, &param));
+  SendMessage(NewOperation(peer, Purpose::kPost, 0), header, nullptr);
 }
 
-void Worker::Read(int peer, void* dst, size_t num_bytes, uint64_t remote_address, ucp_rkey_h rkey) {
-  Operation* const operation = NewOperation(peer, /*tracked=*/true, /*is_receive=*/false);
+void Worker::Get(int peer, void* dst, int64_t num_bytes, uint64_t remote_address, ucp_rkey_h rkey) {
+  Operation* const operation = NewOperation(peer, Purpose::kGet, num_bytes);
+  if (frozen_ || peers_[peer].endpoint == nullptr || rkey == nullptr) {
+    Finished(operation, UCS_ERR_NOT_CONNECTED);
+    return;
+  }
   ucp_request_param_t param = {};
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
   param.cb.send = &Worker::OnSent;
   param.user_data = operation;
-  if (peers_[peer].endpoint == nullptr) {
-    Finished(operation, UCS_ERR_NOT_CONNECTED);
-    return;
-  }
   Started(operation,
           ucp_get_nbx(peers_[peer].endpoint, dst, num_bytes, remote_address, rkey, &param));
 }
-
-void Worker::Receive(const MessageHeader& header, void* offer, void* dst) {
-  Operation* const operation = NewOperation(header.sender, /*tracked=*/true, /*is_receive=*/true);
-  operation->header.data = header;
-  ucp_request_param_t param = {};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.cb.recv_am = &Worker::OnDataReceived;
-  param.user_data = operation;
-  Started(operation, ucp_am_recv_data_nbx(worker_.get(), offer, dst, header.num_bytes, &param));
-}
-
-void Worker::Refuse(void* offer) { ucp_am_data_release(worker_.get(), offer); }
 
 std::vector<int> Worker::UnfinishedRanks() const {
   std::vector<int> ranks;
@@ -452,22 +467,33 @@ void Worker::CloseEndpoints(bool gracefully) {
   }
   const absl::Time deadline = absl::Now() + kCloseTime;
   for (void* request : closing) {
-    while (ucp_request_check_status(request) == UCS_INPROGRESS && absl::Now() < deadline) {
+    while (!frozen_ && ucp_request_check_status(request) == UCS_INPROGRESS &&
+           absl::Now() < deadline) {
       if (ucp_worker_progress(worker_.get()) == 0) absl::SleepFor(kBusyPause);
     }
     ucp_request_free(request);
   }
 }
 
+void Worker::Freeze() {
+  frozen_ = true;
+  WakeProgressThread();
+}
+
 void Worker::Abandon() {
+  handler_->OnAbandon();
   if (outstanding_ == 0 || frozen_) return;
-  CloseEndpoints(/*gracefully=*/false);
-  const absl::Time deadline = absl::Now() + kCloseTime;
-  while (outstanding_ > 0 && absl::Now() < deadline) {
-    if (ucp_worker_progress(worker_.get()) == 0) absl::SleepFor(kBusyPause);
+  if (!copies_only_when_driven_) {
+    // A network card may copy at any time: it lets go of the memory when its endpoints are closed.
+    CloseEndpoints(/*gracefully=*/false);
+    const absl::Time deadline = absl::Now() + kCloseTime;
+    while (outstanding_ > 0 && absl::Now() < deadline) {
+      if (ucp_worker_progress(worker_.get()) == 0) absl::SleepFor(kBusyPause);
+    }
   }
-  // Over TCP and shared memory UCP copies only when driven.
-  if (outstanding_ > 0) frozen_ = true;
+  // Driven on, UCP would take the bytes of queued sends from memory that may be gone. And closing
+  // endpoints in the middle of transfers is no way out for TCP: UCX then uses freed connections.
+  Freeze();
 }
 
 }  // namespace nsa::comm::ucx

@@ -31,24 +31,32 @@
 namespace nsa::comm::ucx {
 
 struct WorkerOptions {
+  // UCX_TLS; empty: kHostTransports.
   std::string tls;
   std::string net_devices;
   absl::Duration poll_time;
 };
 
+// Shared memory, TCP, and what leads to oneself. All of their copying is done by the processor, so
+// a worker that is not driven leaves the caller's memory alone.
+inline constexpr char kHostTransports[] = "sm,tcp,self";
+
+// The most bytes of one message. Segments of the host transports are made to hold it, so that it is
+// copied once on either side.
+inline constexpr int64_t kSegmentBytes = 32 << 10;
+
 // Takes what arrives. Called with the worker's mutex held.
 class MessageHandler {
  public:
   virtual ~MessageHandler() = default;
-  // A whole message. `data` is gone afterwards. From inside UCP: must not call the worker.
+  // `data` is gone afterwards. From inside UCP: must not send.
   virtual void OnMessage(const WireHeader& header, const void* data, size_t num_bytes) = 0;
-  // A large message that waits at its sender. To be given to Worker::Receive or Worker::Refuse,
-  // later.
-  virtual void OnOffer(const WireHeader& header, void* offer, size_t num_bytes) = 0;
-  // The end of a Worker::Receive.
-  virtual void OnReceived(const MessageHeader& header) = 0;
+  // A chunk of `memory` is on its way and its bytes are no longer needed. From inside UCP likewise.
+  virtual void OnChunkSent(int64_t memory, int64_t num_bytes) = 0;
   // Outside of UCP, when something may have arrived: what the others had to put off.
   virtual void AfterProgress() = 0;
+  // The communicator is broken: the caller's memory must not be touched any more.
+  virtual void OnAbandon() = 0;
 };
 
 class Worker {
@@ -68,26 +76,32 @@ class Worker {
   void Stop(bool gracefully);
 
   absl::Mutex& mu() ABSL_LOCK_RETURNED(mu_) { return mu_; }
+  // True if a worker that is not driven leaves the caller's memory alone.
+  bool copies_only_when_driven() const { return copies_only_when_driven_; }
   ucp_context_h context() const { return context_.get(); }
   ucp_ep_h endpoint(int peer) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     return peers_[peer].endpoint;
   }
 
-  // Start an operation on the caller's memory, which is Unfinished until it has gone well.
-  void Send(int peer, const WireHeader& header, const void* data, size_t num_bytes)
+  // What a wait is for. Send and Get are unfinished until they have gone well; the handler counts
+  // its own undertakings with a peer.
+  void Send(int peer, const WireHeader& header, const void* data, int64_t num_bytes)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void Read(int peer, void* dst, size_t num_bytes, uint64_t remote_address, ucp_rkey_h rkey)
+  void Get(int peer, void* dst, int64_t num_bytes, uint64_t remote_address, ucp_rkey_h rkey)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void Receive(const MessageHeader& header, void* offer, void* dst)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // Drops an offer; its sender goes on as if it had been received.
-  void Refuse(void* offer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void BeginUnfinished(int peer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void EndUnfinished(int peer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   int64_t unfinished() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return unfinished_; }
+  int64_t gets_in_flight() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return gets_in_flight_; }
   std::vector<int> UnfinishedRanks() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // Sends a header alone and forgets it.
   void Post(int peer, const WireHeader& header) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // After the last of some Posts: whatever could not go at once is left to the progress thread.
+  // Sends bytes of `header.memory`, and reports OnChunkSent.
+  void SendChunk(int peer, const WireHeader& header, const void* data, int64_t num_bytes)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // After the last of some of these outside of Wait: what could not go at once is left to the
+  // progress thread.
   void Kick() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // Waits until done(). Else breaks the communicator: with what broke it meanwhile; for a rank
@@ -118,12 +132,13 @@ class Worker {
     ucs_status_t link_error = UCS_OK;
     absl::Time link_error_time;
   };
+  enum class Purpose { kSend, kGet, kPost, kChunk };
   // What a request needs while it is under way. Recycled.
   struct Operation {
     Worker* worker;
     int peer;
-    bool tracked;  // counts as unfinished
-    bool is_receive;
+    Purpose purpose;
+    int64_t num_bytes;
     WireHeader header;  // sent from here
   };
 
@@ -139,7 +154,9 @@ class Worker {
   bool ProgressAndArm(bool& armed) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void WakeProgressThread();
 
-  Operation* NewOperation(int peer, bool tracked, bool is_receive)
+  Operation* NewOperation(int peer, Purpose purpose, int64_t num_bytes)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void SendMessage(Operation* operation, const WireHeader& header, const void* data)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Looks at what a UCP call returned.
   void Started(Operation* operation, ucs_status_ptr_t request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -150,18 +167,20 @@ class Worker {
                             absl::Time deadline, absl::Time& wake)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void CloseEndpoints(bool gracefully) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Stops driving UCP for good.
+  void Freeze() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Takes the caller's memory back from UCP.
   void Abandon() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // UCP's callbacks; they run inside Progress and calls to UCP, with the mutex held.
   static void OnSent(void* request, ucs_status_t status, void* operation);
-  static void OnDataReceived(void* request, ucs_status_t status, size_t length, void* operation);
   static ucs_status_t OnActiveMessage(void* worker, const void* header, size_t header_length,
                                       void* data, size_t length, const ucp_am_recv_param_t* param);
   static void OnLinkError(void* peer, ucp_ep_h endpoint, ucs_status_t status);
 
   const int rank_;
   const WorkerOptions options_;
+  const bool copies_only_when_driven_;
   Health* const health_;
   MessageHandler* handler_ = nullptr;
 
@@ -177,8 +196,9 @@ class Worker {
   std::vector<Peer> peers_ ABSL_GUARDED_BY(mu_);  // [size]; addresses are handed to UCP
   std::vector<std::unique_ptr<Operation>> operations_ ABSL_GUARDED_BY(mu_);
   std::vector<Operation*> free_operations_ ABSL_GUARDED_BY(mu_);
-  int64_t unfinished_ ABSL_GUARDED_BY(mu_) = 0;   // tracked, not gone well (yet)
-  int64_t outstanding_ ABSL_GUARDED_BY(mu_) = 0;  // tracked, UCP may still touch their memory
+  int64_t unfinished_ ABSL_GUARDED_BY(mu_) = 0;
+  int64_t gets_in_flight_ ABSL_GUARDED_BY(mu_) = 0;
+  int64_t outstanding_ ABSL_GUARDED_BY(mu_) = 0;  // UCP may still touch their memory
   bool frozen_ ABSL_GUARDED_BY(mu_) = false;      // UCP is not to be driven any more
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
 };
