@@ -3,7 +3,8 @@
 // Grid: one CTA of 2 consumer warpgroups and a producer for each SM. An item is 128 rows, row
 // q * G + h being head h of the group and query q of up to 128 / G queries in a row; a warpgroup
 // owns 64 of them and walks the document's tiles of 128 summaries from the first on. While it takes
-// the exponentials of a tile, the tensor cores multiply the one before with its values.
+// the exponentials of a tile, the tensor cores multiply the one before with its values; the tile
+// before an item's first is the last one of the item before.
 #include <cstdint>
 
 #include "kernels/cuda/ptx.cuh"
@@ -82,20 +83,20 @@ struct Rows {
   float rescale[2];  // of what was summed before this tile
 };
 
-// s becomes exp2(scale * s - max). Of row i the thread sees its first `limit[i]` columns.
-template <bool kMask>
-__device__ __forceinline__ void Softmax(float (&s)[64], Rows& rows, float scale_log2,
-                                        const int32_t (&limit)[2]) {
-  if constexpr (kMask) {
+// Of row i the thread sees its first `limit[i]` columns.
+__device__ __forceinline__ void Mask(float (&s)[64], int32_t limit0, int32_t limit1) {
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
+  for (int j = 0; j < 16; ++j) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (2 * j + e >= limit[0]) s[4 * j + e] = -INFINITY;
-        if (2 * j + e >= limit[1]) s[4 * j + 2 + e] = -INFINITY;
-      }
+    for (int e = 0; e < 2; ++e) {
+      if (2 * j + e >= limit0) s[4 * j + e] = -INFINITY;
+      if (2 * j + e >= limit1) s[4 * j + 2 + e] = -INFINITY;
     }
   }
+}
+
+// s becomes exp2(scale * s - max).
+__device__ __forceinline__ void Softmax(float (&s)[64], Rows& rows, float scale_log2) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float max[4] = {rows.max[r], s[2 * r], s[2 * r + 1], s[4 + 2 * r]};
@@ -150,12 +151,31 @@ class Consumer {
 
   __device__ __forceinline__ void Run() {
     works_.barriers.WaitFull(place_);
-    StartQueries<kDk>(args_.rows, works_.work[place_.slot], 64 * warpgroup_, Query());
-    FinishQueries(warpgroup_);
-    while (works_.work[place_.slot].kv_head >= 0) RunItem();
+    StartQueriesOf(place_);
+    for (;;) {
+      CompleteEmpty();
+      if (WorkAt(place_).kv_head < 0) return;
+      float o[kDv / 2];
+      uint32_t p[32];
+      BeginFirst(p);
+      Clear(o);
+      for (;;) {
+        for (tile_ = 1; tile_ < num_tiles_; ++tile_) Step<false>(o, p);
+        previous_ = place_;
+        place_.Advance();
+        if (WorkAt(place_).num_tiles == 0) break;
+        Step<true>(o, p);
+      }
+      CompleteLast(o, p);
+    }
   }
 
  private:
+  using Place = RingPlace<kWorkSlots>;
+
+  __device__ __forceinline__ const Work& WorkAt(const Place& place) const {
+    return works_.work[place.slot];
+  }
   __device__ __forceinline__ uint32_t Query() const {
     return shared_ + warpgroup_ * S::kQueryBytes;
   }
@@ -165,78 +185,92 @@ class Consumer {
   __device__ __forceinline__ uint64_t Values() const {
     return WgmmaDescriptor(shared_ + S::kValues + values_.slot * S::kValueBytes);
   }
-  __device__ __forceinline__ void ReleaseKeys(bool condition) {
-    if (lane_ == 0 && condition) barriers_.keys.Release(keys_);
-    keys_.Advance();
-  }
-  __device__ __forceinline__ void ReleaseValues() {
-    if (lane_ == 0) barriers_.values.Release(values_);
-    values_.Advance();
-  }
-
-  __device__ __forceinline__ void RunItem() {
-    const Work& work = works_.work[place_.slot];
-    const int32_t num_tiles = work.num_tiles, num_full_tiles = work.num_full_tiles;
-    // Columns of this thread that its rows see, from the first tile on.
-    int32_t visible[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      visible[r] = NumVisible(args_.dims, work.position + QueryOf(RowOf(r))) - 32 * (lane_ % 4);
-    }
-    Rows rows{{kLowest, kLowest}, {0.0f, 0.0f}, {1.0f, 1.0f}};
-    float o[kDv / 2];
+  static __device__ __forceinline__ void Clear(float (&o)[kDv / 2]) {
 #pragma unroll
     for (int i = 0; i < kDv / 2; ++i) o[i] = 0.0f;
+  }
 
-    if (num_tiles > 0) {
-      uint32_t p[32];
-      {
-        float s[64];
-        barriers_.keys.WaitFull(keys_);
-        WgmmaFence();
-        StartLogits<T, kDk>(s, WgmmaDescriptor(Query()), Keys());
-        WgmmaCommit();
-        WgmmaWait<0>();
-        WgmmaTouch(s);
-        ReleaseKeys(true);
-        if (num_full_tiles > 0) {
-          Softmax<false>(s, rows, args_.scale_log2, visible);
-        } else {
-          Softmax<true>(s, rows, args_.scale_log2, visible);
-        }
-        PackProbabilities<T>(s, p);
-      }
-      int32_t tile = 1;
-      for (; tile < num_full_tiles; ++tile) Step<false>(o, p, rows, visible);
-      for (; tile < num_tiles; ++tile) {
-        const int32_t limit[2] = {visible[0] - tile * kTileSummaries,
-                                  visible[1] - tile * kTileSummaries};
-        Step<true>(o, p, rows, limit);
-      }
-      // Nobody reads q of this item any more.
-      StartNextQueries();
-      barriers_.values.WaitFull(values_);
-      WgmmaFence();
-      StartOutput<T, kDv>(o, p, Values());
-      WgmmaCommit();
-      WgmmaWait<0>();
-      WgmmaTouch(o);
-      ReleaseValues();
-    } else {
-      StartNextQueries();
-    }
-    Store(work, rows, o);
+  __device__ __forceinline__ void StartQueriesOf(const Place& place) {
+    const Work& work = WorkAt(place);
+    if (work.num_tiles > 0) StartQueries<kDk>(args_.rows, work, 64 * warpgroup_, Query());
+  }
+  // When nobody reads q of the current item any more.
+  __device__ __forceinline__ void StartNextQueries() {
+    Place next = place_;
+    next.Advance();
+    works_.barriers.WaitFull(next);
+    SyncWarpgroup(warpgroup_);
+    StartQueriesOf(next);
+  }
+  __device__ __forceinline__ void ReleaseWork(const Place& place) {
     __syncwarp();
-    if (lane_ == 0) works_.barriers.Release(place_);
-    place_.Advance();
+    if (lane_ == 0) works_.barriers.Release(place);
+  }
+
+  // Items that see no tile, up to one that does or the end.
+  __device__ __forceinline__ void CompleteEmpty() {
+    while (WorkAt(place_).kv_head >= 0 && WorkAt(place_).num_tiles == 0) {
+      const Rows nothing{{kLowest, kLowest}, {0.0f, 0.0f}, {1.0f, 1.0f}};
+      const float zeros[kDv / 2] = {};
+      Store(WorkAt(place_), nothing, zeros);
+      StartNextQueries();
+      ReleaseWork(place_);
+      place_.Advance();
+    }
+  }
+
+  // The item before one that sees no tile, or before the end.
+  __device__ __forceinline__ void CompleteLast(float (&o)[kDv / 2], const uint32_t (&p)[32]) {
+    barriers_.values.WaitFull(values_);
+    WgmmaFence();
+    StartOutput<T, kDv>(o, p, Values());
+    WgmmaCommit();
+    WgmmaWait<0>();
+    WgmmaTouch(o);
+    if (lane_ == 0) barriers_.values.Release(values_);
+    values_.Advance();
+    Store(WorkAt(previous_), rows_, o);
+    ReleaseWork(previous_);
+  }
+
+  // Makes place_ the item that is worked on.
+  __device__ __forceinline__ void BeginItem() {
+    const Work& work = WorkAt(place_);
+    rows_ = {{kLowest, kLowest}, {0.0f, 0.0f}, {1.0f, 1.0f}};
+    tile_ = 0;
+    num_tiles_ = work.num_tiles;
+    num_full_tiles_ = work.num_full_tiles;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      visible_[r] = NumVisible(args_.dims, work.position + QueryOf(RowOf(r))) - 32 * (lane_ % 4);
+    }
     FinishQueries(warpgroup_);
   }
 
-  // Logits and exponentials of a tile, while the tile before is multiplied with its values.
-  template <bool kMask>
-  __device__ __forceinline__ void Step(float (&o)[kDv / 2], uint32_t (&p)[32], Rows& rows,
-                                       const int32_t (&limit)[2]) {
+  // The first tile of an item with none before.
+  __device__ __forceinline__ void BeginFirst(uint32_t (&p)[32]) {
     float s[64];
+    BeginItem();
+    barriers_.keys.WaitFull(keys_);
+    WgmmaFence();
+    StartLogits<T, kDk>(s, WgmmaDescriptor(Query()), Keys());
+    WgmmaCommit();
+    WgmmaWait<0>();
+    WgmmaTouch(s);
+    TakeExponentials(s);
+    PackProbabilities<T>(s, p);
+  }
+
+  // Logits and exponentials of a tile, while the tile before is multiplied with its values. That
+  // one is the last of the item before when this is the first of an item.
+  template <bool kFirst>
+  __device__ __forceinline__ void Step(float (&o)[kDv / 2], uint32_t (&p)[32]) {
+    float s[64];
+    Rows previous_rows;
+    if constexpr (kFirst) {
+      previous_rows = rows_;
+      BeginItem();
+    }
     barriers_.keys.WaitFull(keys_);
     barriers_.values.WaitFull(values_);
     WgmmaFence();
@@ -246,24 +280,33 @@ class Consumer {
     WgmmaCommit();
     WgmmaWait<1>();
     WgmmaTouch(s);
-    Softmax<kMask>(s, rows, args_.scale_log2, limit);
-    // A condition that always holds: the assembler keeps barriers and waits in order, and so cannot
-    // move the exponentials behind the wait.
-    ReleaseKeys(rows.sum[0] != -1.0f && rows.sum[1] != -1.0f);
+    TakeExponentials(s);
     WgmmaWait<0>();
     WgmmaTouch(o);
-    ReleaseValues();
-    Rescale<kDv>(o, rows);
+    if (lane_ == 0) barriers_.values.Release(values_);
+    values_.Advance();
+    if constexpr (kFirst) {
+      Store(WorkAt(previous_), previous_rows, o);
+      ReleaseWork(previous_);
+      Clear(o);
+    } else {
+      Rescale<kDv>(o, rows_);
+    }
     PackProbabilities<T>(s, p);
   }
 
-  __device__ __forceinline__ void StartNextQueries() {
-    RingPlace<kWorkSlots> next = place_;
-    next.Advance();
-    works_.barriers.WaitFull(next);
-    SyncWarpgroup(warpgroup_);
-    const Work& work = works_.work[next.slot];
-    if (work.num_tiles > 0) StartQueries<kDk>(args_.rows, work, 64 * warpgroup_, Query());
+  __device__ __forceinline__ void TakeExponentials(float (&s)[64]) {
+    if (tile_ == num_tiles_ - 1) StartNextQueries();
+    if (tile_ >= num_full_tiles_) {
+      const int32_t before = tile_ * kTileSummaries;
+      Mask(s, visible_[0] - before, visible_[1] - before);
+    }
+    Softmax(s, rows_, args_.scale_log2);
+    // A condition that always holds: the assembler keeps barriers and waits in order, and so cannot
+    // move the exponentials behind the next wait.
+    const bool done = rows_.sum[0] != -1.0f && rows_.sum[1] != -1.0f;
+    if (lane_ == 0 && done) barriers_.keys.Release(keys_);
+    keys_.Advance();
   }
 
   __device__ __forceinline__ int32_t RowOf(int r) const {
@@ -273,7 +316,7 @@ class Consumer {
     return static_cast<int32_t>(row * args_.rows.query_of_row >> 16);
   }
 
-  __device__ __forceinline__ void Store(const Work& work, Rows& rows, const float (&o)[kDv / 2]) {
+  __device__ __forceinline__ void Store(const Work& work, Rows rows, const float (&o)[kDv / 2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       rows.sum[r] = __fadd_rn(rows.sum[r], __shfl_xor_sync(kFullWarp, rows.sum[r], 1));
@@ -317,7 +360,10 @@ class Consumer {
   const int32_t warp_ = UniformWarp();
   const int32_t lane_ = threadIdx.x % 32;
   const int32_t warpgroup_ = UniformWarp() / 4;
-  RingPlace<kWorkSlots> place_;
+  Rows rows_;
+  int32_t tile_, num_tiles_, num_full_tiles_;
+  int32_t visible_[2];  // columns of this thread that its rows see, from the first tile on
+  Place place_, previous_;
   RingPlace<S::kSlots> keys_;
   RingPlace<S::kSlots> values_;
 };

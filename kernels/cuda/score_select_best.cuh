@@ -12,7 +12,7 @@ namespace nsa::kernels::cuda {
 // A score and its block as numbers of which the greater pair is the better block: the higher score,
 // and of equal ones the lower block. {0, 0} is worse than every block.
 struct RankedBlock {
-  uint32_t score = 0;  // bits of a float >= 0, and 1
+  uint32_t score = 0;  // of ScoreKey
   uint32_t block = 0;  // ~block
 
   __device__ __forceinline__ bool BetterThan(const RankedBlock& other) const {
@@ -21,27 +21,34 @@ struct RankedBlock {
   __device__ __forceinline__ RankedBlock FromLane(int32_t lane) const {
     return {__shfl_sync(kFullWarp, score, lane), __shfl_sync(kFullWarp, block, lane)};
   }
-  __device__ __forceinline__ RankedBlock FromLaneXor(int32_t mask) const {
-    return {__shfl_xor_sync(kFullWarp, score, mask), __shfl_xor_sync(kFullWarp, block, mask)};
+  // Both in one number.
+  __device__ __forceinline__ uint64_t Key() const {
+    return static_cast<uint64_t>(score) << 32 | block;
   }
   __device__ __forceinline__ RankedBlock FromLaneBelow() const {
     return {__shfl_up_sync(kFullWarp, score, 1), __shfl_up_sync(kFullWarp, block, 1)};
   }
 };
 
+// In the order of scores, above 0. A score that is not a number counts as 0.
+__device__ __forceinline__ uint32_t ScoreKey(float score) {
+  return __float_as_uint(fmaxf(score, 0.0f)) + 1;
+}
+
 class BestBlocks {
  public:
-  // Takes a new block from each lane for which `valid` is set; the first `num_places` lanes, at
-  // most 32, are what counts. All lanes. A score that is not a number counts as 0.
-  __device__ __forceinline__ void Add(float score, int32_t block, bool valid, int32_t num_places) {
-    RankedBlock added;
-    if (valid) added = {__float_as_uint(fmaxf(score, 0.0f)) + 1, ~static_cast<uint32_t>(block)};
+  // Takes a block from each lane; the first `num_places` lanes, at most 32, are what counts.
+  // Returns whether one of the blocks was better than the worst that counts. All lanes. `buffer`
+  // [32] is shared memory of this warp alone, aligned to 16 bytes.
+  __device__ __forceinline__ bool Add(const RankedBlock& added, int32_t num_places,
+                                      uint64_t* buffer) {
     unsigned better = __ballot_sync(kFullWarp, added.BetterThan(worst_));
-    // Beyond a few blocks, sorting all of them is quicker.
+    if (better == 0) return false;
+    // Beyond a few blocks, ranking all of them at once is quicker.
     if (__popc(better) > 4) {
-      Merge(added);
+      Merge(added, num_places, buffer);
       worst_ = best_.FromLane(num_places - 1);
-      return;
+      return true;
     }
     while (better != 0) {
       const int32_t source = __ffs(better) - 1;
@@ -50,6 +57,7 @@ class BestBlocks {
       better &= better - 1;
       better &= __ballot_sync(kFullWarp, added.BetterThan(worst_));
     }
+    return true;
   }
 
   // Writes the chosen blocks in ascending order, the forced ones included. `num_candidates` ends
@@ -87,27 +95,37 @@ class BestBlocks {
     }
   }
 
-  // The lane keeps the better or the worse of its own and its partner's.
-  static __device__ __forceinline__ void Exchange(RankedBlock& mine, int32_t mask,
-                                                  bool keep_better) {
-    const RankedBlock other = mine.FromLaneXor(mask);
-    if (other.BetterThan(mine) == keep_better) mine = other;
-  }
-
-  __device__ __forceinline__ void Merge(RankedBlock added) {
+  // The place of a block, new or not, is how many are better.
+  __device__ __forceinline__ void Merge(const RankedBlock& added, int32_t num_places,
+                                        uint64_t* buffer) {
     const int32_t lane = threadIdx.x % 32;
-    // The best last, so that lane by lane the better ones of both are the best 32.
-#pragma unroll
-    for (int32_t size = 2; size <= 32; size *= 2) {
-#pragma unroll
-      for (int32_t mask = size / 2; mask > 0; mask /= 2) {
-        const bool descends = (lane & size) != 0 && size < 32;
-        Exchange(added, mask, ((lane & mask) == 0) == descends);
-      }
+    const uint64_t old_key = lane < num_places ? best_.Key() : 0, new_key = added.Key();
+    buffer[lane] = new_key;
+    __syncwarp();
+    int32_t old_place = lane, new_place = 0;
+#pragma unroll 8
+    for (int32_t i = 0; i < 32; i += 2) {
+      const ulonglong2 keys = *reinterpret_cast<const ulonglong2*>(buffer + i);
+      old_place += (keys.x > old_key ? 1 : 0) + (keys.y > old_key ? 1 : 0);
+      new_place += (keys.x > new_key ? 1 : 0) + (keys.y > new_key ? 1 : 0);
     }
-    if (added.BetterThan(best_)) best_ = added;
-#pragma unroll
-    for (int32_t mask = 16; mask > 0; mask /= 2) Exchange(best_, mask, (lane & mask) == 0);
+    __syncwarp();
+    buffer[lane] = old_key;
+    __syncwarp();
+#pragma unroll 1
+    for (int32_t i = 0; i < num_places; i += 2) {
+      const ulonglong2 keys = *reinterpret_cast<const ulonglong2*>(buffer + i);
+      new_place += (keys.x > new_key ? 1 : 0) + (keys.y > new_key ? 1 : 0);
+    }
+    __syncwarp();
+    buffer[lane] = 0;
+    __syncwarp();
+    if (old_key != 0 && old_place < 32) buffer[old_place] = old_key;
+    if (new_key != 0 && new_place < 32) buffer[new_place] = new_key;
+    __syncwarp();
+    const uint64_t key = buffer[lane];
+    best_ = {static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(key)};
+    __syncwarp();
   }
 
   RankedBlock best_;

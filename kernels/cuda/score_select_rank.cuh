@@ -1,13 +1,14 @@
 // Importance of select blocks and top-n on tensor cores, for l / d = 2 and l' / d = 4.
 //
-// Grid: one CTA of 4 consumer warpgroups and a producer for each SM. An item is 256 rows of up to
-// 16 queries in a row; each warp owns 16 rows of one query: 16 heads, or fewer and rows of zeros.
-// With more than 16 heads, 2 or 4 neighbouring warps share a query and the first of them ranks.
+// Grid: one CTA of 2 consumer warpgroups, 4 selector warps and a producer for each SM. An item is
+// 256 rows of up to 16 queries in a row. 16 rows are of one query: 16 heads, or fewer and rows of
+// zeros; with more than 16 heads, 2 or 4 neighbouring sets of 16 rows are of one query.
 //
-// A tile of 128 summaries is 32 select blocks. The packed order of summaries gives each thread
-// eight whole blocks of its two rows; seven shuffles sum them over the rows and leave one block in
-// each lane. The best blocks so far lie sorted in the lanes of the warp and never leave it, so that
-// nothing is kept of a block that is not among them, and length has no limit.
+// A consumer warpgroup owns two blocks of 64 rows. While it takes the exponentials of one, the
+// tensor cores multiply the other. A tile of 128 summaries is 32 select blocks. The packed order of
+// summaries gives each thread eight whole blocks of its two rows; seven shuffles sum them over the
+// rows and leave one block in each lane. Selectors rank these sums a chunk of tiles later. The best
+// blocks of a query so far lie sorted in the lanes of a warp, so that length has no limit.
 #ifndef KERNELS_CUDA_SCORE_SELECT_RANK_CUH_
 #define KERNELS_CUDA_SCORE_SELECT_RANK_CUH_
 
@@ -35,22 +36,31 @@ struct RankArgs {
 
 namespace rank {
 
-constexpr int kWarpgroups = kRankRows / 64;
+constexpr int kWarpgroups = kRankRows / 128;
 constexpr int kConsumerWarps = kWarpgroups * 4;
-constexpr int kThreads = kConsumerWarps * 32 + 128;
-// Of a thread: 4 * consumer + producer is what the block is given, 5 * 96.
-constexpr int kConsumerRegisters = 112;
-constexpr int kProducerRegisters = 32;
+constexpr int kSelectorWarps = 4;
+constexpr int kSelectorsPerWarpgroup = kSelectorWarps / kWarpgroups;
+constexpr int kThreads = kConsumerWarps * 32 + kSelectorWarps * 32 + 128;
+// Of a thread: 2 * consumer + selector + producer is what the block is given, 4 * 128.
+constexpr int kConsumerRegisters = 192;
+constexpr int kSelectorRegisters = 88;
+constexpr int kProducerRegisters = 40;
+constexpr int kSets = kRankRows / kRankWarpRows;  // of 16 rows
+constexpr int kSetsPerWarpgroup = kSets / kWarpgroups;
 constexpr int kTileBlocks = kTileSummaries / 4;
+constexpr int kScoreSlots = 2;
 constexpr float kLog2E = 1.4426950408889634f;
 
 template <int kDk>
 struct Shape {
-  static constexpr int kQueryBytes = 64 * kDk * 2;  // of a warpgroup
+  static constexpr int kQueryBytes = 64 * kDk * 2;  // of a block of rows
   static constexpr int kKeyBytes = kTileSummaries * kDk * 2;
-  static constexpr int kSlots = kDk == 64 ? 8 : kDk == 128 ? 4 : 2;
-  static constexpr int kKeys = kWarpgroups * kQueryBytes;
-  static constexpr int kBytes = kKeys + kSlots * kKeyBytes;
+  static constexpr int kSlots = kDk == 64 ? 6 : kDk == 128 ? 3 : 2;
+  static constexpr int kChunkTiles = kDk == 192 ? 8 : 16;
+  static constexpr int kScoreBytes = kSetsPerWarpgroup * kChunkTiles * kTileBlocks * 4;
+  static constexpr int kKeys = kRankRows / 64 * kQueryBytes;
+  static constexpr int kScores = kKeys + kSlots * kKeyBytes;
+  static constexpr int kBytes = kScores + kWarpgroups * kScoreSlots * kScoreBytes;
 };
 
 // 2^x for x below about 1, at least 2^-125, to about two units in the last place, without the
@@ -123,154 +133,316 @@ __device__ __forceinline__ float SumOverThreads(const float (&score)[8]) {
   return __fadd_rn(keep, __shfl_xor_sync(kFullWarp, give, 4));
 }
 
-// Scores of a tile's blocks from warps that share a query; of two tiles in a row.
-struct SharedScores {
-  float score[2][kConsumerWarps][32];
+// What the warps of a CTA meet at.
+template <int kDk>
+struct Rings {
+  WorkRing works;
+  RingBarriers<Shape<kDk>::kSlots> keys;
+  RingBarriers<kScoreSlots> scores[kWarpgroups];
+  alignas(16) uint64_t buffers[kSelectorWarps][32];  // of BestBlocks
 };
+
+// Scores [set][tile of the chunk][lane] of a warpgroup.
+template <int kDk>
+__device__ __forceinline__ float* ScoresOf(char* shared, int32_t warpgroup, int32_t slot) {
+  using S = Shape<kDk>;
+  return reinterpret_cast<float*>(shared + S::kScores +
+                                  (warpgroup * kScoreSlots + slot) * S::kScoreBytes);
+}
 
 template <class T, int kDk, int kPolynomials>
 class Consumer {
  public:
   using S = Shape<kDk>;
 
-  __device__ __forceinline__ Consumer(const RankArgs& args, WorkRing& works,
-                                      RingBarriers<S::kSlots>& barriers, SharedScores& scores,
-                                      uint32_t shared)
-      : args_(args), works_(works), barriers_(barriers), scores_(scores), shared_(shared) {}
+  __device__ __forceinline__ Consumer(const RankArgs& args, Rings<kDk>& rings, char* shared)
+      : args_(args), rings_(rings), shared_(shared), shared_address_(SharedAddress(shared)) {}
 
   __device__ __forceinline__ void Run() {
-    works_.barriers.WaitFull(place_);
-    Start(works_.work[place_.slot]);
+    rings_.works.barriers.WaitFull(place_);
+    Start(rings_.works.work[place_.slot]);
     FinishQueries(warpgroup_);
-    while (works_.work[place_.slot].kv_head >= 0) RunItem();
+    while (rings_.works.work[place_.slot].kv_head >= 0) RunItem();
   }
 
  private:
-  __device__ __forceinline__ uint32_t Query() const {
-    return shared_ + warpgroup_ * S::kQueryBytes;
+  __device__ __forceinline__ uint32_t Query(int block) const {
+    return shared_address_ + (2 * warpgroup_ + block) * S::kQueryBytes;
   }
-  __device__ __forceinline__ int32_t WarpsPerQuery() const {
+  // Of 16 rows, among those of the warpgroup.
+  __device__ __forceinline__ int32_t SetOf(int block) const { return 4 * block + warp_ % 4; }
+  __device__ __forceinline__ int32_t SetsPerQuery() const {
     return args_.rows.rows_per_query / kRankWarpRows;
+  }
+  __device__ __forceinline__ int32_t QueryOf(int block) const {
+    return (kSetsPerWarpgroup * warpgroup_ + SetOf(block)) / SetsPerQuery();
   }
 
   // Queries of an item to shared memory, and of its statistics this thread's to registers.
   __device__ __forceinline__ void Start(const Work& work) {
     if (work.num_tiles == 0) return;
-    StartQueries<kDk>(args_.rows, work, 64 * warpgroup_, Query());
-    const int32_t query = warp_ / WarpsPerQuery();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int32_t head = warp_ % WarpsPerQuery() * kRankWarpRows + lane_ / 4 + 8 * r;
-      // A row without a head, and one that sees nothing, has no probabilities.
-      float lse = INFINITY;
-      if (query < work.num_queries && head < args_.rows.group_size) {
-        lse = args_.lse[(work.row + query) * args_.dims.num_q_heads +
-                        work.kv_head * args_.rows.group_size + head];
+    for (int block = 0; block < 2; ++block) {
+      StartQueries<kDk>(args_.rows, work, 128 * warpgroup_ + 64 * block, Query(block));
+      const int32_t query = QueryOf(block);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int32_t head = SetOf(block) % SetsPerQuery() * kRankWarpRows + lane_ / 4 + 8 * r;
+        // A row without a head, and one that sees nothing, has no probabilities.
+        float lse = INFINITY;
+        if (query < work.num_queries && head < args_.rows.group_size) {
+          lse = args_.lse[(work.row + query) * args_.dims.num_q_heads +
+                          work.kv_head * args_.rows.group_size + head];
+        }
+        next_shift_[block][r] = lse == -INFINITY ? -INFINITY : -lse * kLog2E;
       }
-      next_shift_[r] = lse == -INFINITY ? -INFINITY : -lse * kLog2E;
     }
   }
 
   __device__ __forceinline__ void RunItem() {
-    const Work& work = works_.work[place_.slot];
-    const int32_t num_tiles = work.num_tiles;
-    const int32_t query = warp_ / WarpsPerQuery();
-    const uint32_t position = work.position + query;
-    const int32_t num_candidates =
-        static_cast<int32_t>(position / args_.dims.select_block_tokens) + 1;
-    const float shift[2] = {next_shift_[0], next_shift_[1]};
-    BestBlocks best;
-    float last = 0.0f;
-    for (int32_t tile = 0; tile < num_tiles; ++tile) {
-      float score[8];
-      {
-        float s[64];
-        barriers_.WaitFull(keys_);
-        WgmmaFence();
-        const uint64_t q = WgmmaDescriptor(Query());
-        const uint64_t keys = WgmmaDescriptor(shared_ + S::kKeys + keys_.slot * S::kKeyBytes);
+    const Work& work = rings_.works.work[place_.slot];
+    num_tiles_ = work.num_tiles;
+    num_full_tiles_ = work.num_full_tiles;
+    if (num_tiles_ == 0) {
+      StartNext();
+    } else {
 #pragma unroll
-        for (int k = 0; k < kDk / 16; ++k) {
-          WgmmaShared<T>(s, q + (k / 4) * (8192 >> 4) + (k % 4) * 2,
-                         keys + (k / 4) * (kTileSummaries * 128 >> 4) + (k % 4) * 2, k > 0);
-        }
-        WgmmaCommit();
-        WgmmaWait<0>();
-        WgmmaTouch(s);
-        if (lane_ == 0) barriers_.Release(keys_);
-        keys_.Advance();
-        if (tile >= work.num_full_tiles) {
-          const int32_t limit =
-              NumVisible(args_.dims, position) - tile * kTileSummaries - 32 * (lane_ % 4);
-#pragma unroll
-          for (int j = 0; j < 16; ++j) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              if (2 * j + e >= limit) s[4 * j + e] = s[4 * j + 2 + e] = -INFINITY;
-            }
-          }
-        }
-        // The row sum of the summary before a thread's first is with its left neighbour, that
-        // before a tile with the last thread of the quad since the tile before.
-        const float last_of_tile_before = last;
-        SumRows<kPolynomials>(s, args_.scale_log2, shift, score, last);
-        const float give = lane_ % 4 == 3 ? last_of_tile_before : last;
-        const float before = __shfl_sync(kFullWarp, give, (lane_ & ~3) | ((lane_ + 3) & 3));
-        score[0] = __fadd_rn(score[0], before);
+      for (int block = 0; block < 2; ++block) {
+        shift_[block][0] = next_shift_[block][0];
+        shift_[block][1] = next_shift_[block][1];
+        last_[block] = 0.0f;
+        // Columns of this thread that its rows see, from the first tile on.
+        visible_[block] = NumVisible(args_.dims, work.position + QueryOf(block)) - 32 * (lane_ % 4);
       }
-      float sum = SumOverThreads(score);
-      if (WarpsPerQuery() > 1) sum = SumOverWarps(sum, tile);
-      if (warp_ % WarpsPerQuery() == 0) {
-        const int32_t block = tile * kTileBlocks + 8 * (lane_ % 4) + lane_ / 4;
-        const bool is_free = block >= args_.dims.num_initial_blocks &&
-                             block < num_candidates - args_.dims.num_local_blocks;
-        best.Add(sum, block, is_free, args_.num_free);
-      }
-    }
-    StartNext();
-    if (warp_ % WarpsPerQuery() == 0 && query < work.num_queries) {
-      int32_t* const to =
-          args_.block_indices + ((work.row + query) * args_.dims.num_kv_heads + work.kv_head) *
-                                    args_.dims.num_selected_blocks;
-      best.Store(args_.dims, num_candidates, args_.num_free, to);
+      RunTiles();
     }
     __syncwarp();
-    if (lane_ == 0) works_.barriers.Release(place_);
+    if (lane_ == 0) rings_.works.barriers.Release(place_);
     place_.Advance();
     FinishQueries(warpgroup_);
   }
 
-  // The score of this lane's block from all warps that share the query.
-  __device__ __forceinline__ float SumOverWarps(float score, int32_t tile) {
-    scores_.score[tile % 2][warp_][lane_] = score;
-    SyncWarpgroup(warpgroup_);
-    const int32_t first = warp_ / WarpsPerQuery() * WarpsPerQuery();
-    float sum = 0.0f;
-    for (int32_t i = 0; i < WarpsPerQuery(); ++i) {
-      sum = __fadd_rn(sum, scores_.score[tile % 2][first + i][lane_]);
+  __device__ __forceinline__ void RunTiles() {
+    float s[2][64];
+    rings_.keys.WaitFull(keys_);
+    Multiply(s[0], 0);
+    Finish(s[0]);
+    int32_t tile = 0;
+    for (; tile < num_tiles_ - 1; ++tile) {
+      const int32_t slot = keys_.slot;
+      Multiply(s[1], 1);
+      Score(s[0], 0, tile, slot);
+      Finish(s[1]);
+      keys_.Advance();
+      rings_.keys.WaitFull(keys_);
+      Multiply(s[0], 0);
+      Score(s[1], 1, tile, slot);
+      Finish(s[0]);
     }
-    return sum;
+    Multiply(s[1], 1);
+    Score(s[0], 0, tile, keys_.slot);
+    Finish(s[1]);
+    // Nobody reads q of this item any more.
+    StartNext();
+    Score(s[1], 1, tile, keys_.slot);
+    keys_.Advance();
+  }
+
+  // s [64,128] = a block of rows of q * keys^T
+  __device__ __forceinline__ void Multiply(float (&s)[64], int block) {
+    const uint64_t q = WgmmaDescriptor(Query(block));
+    const uint64_t keys = WgmmaDescriptor(shared_address_ + S::kKeys + keys_.slot * S::kKeyBytes);
+    WgmmaFence();
+#pragma unroll
+    for (int k = 0; k < kDk / 16; ++k) {
+      WgmmaShared<T>(s, q + (k / 4) * (8192 >> 4) + (k % 4) * 2,
+                     keys + (k / 4) * (kTileSummaries * 128 >> 4) + (k % 4) * 2, k > 0);
+    }
+    WgmmaCommit();
+  }
+
+  __device__ __forceinline__ void Finish(float (&s)[64]) {
+    WgmmaWait<0>();
+    WgmmaTouch(s);
+  }
+
+  // Sums of a tile's probabilities, one select block in each lane, for the selectors.
+  __device__ __forceinline__ void Score(float (&s)[64], int block, int32_t tile, int32_t slot) {
+    if (tile >= num_full_tiles_) {
+      const int32_t limit = visible_[block] - tile * kTileSummaries;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (2 * j + e >= limit) s[4 * j + e] = s[4 * j + 2 + e] = -INFINITY;
+        }
+      }
+    }
+    // The row sum of the summary before a thread's first is with its left neighbour, that before a
+    // tile with the last thread of the quad since the tile before.
+    const float last_of_tile_before = last_[block];
+    float score[8];
+    SumRows<kPolynomials>(s, args_.scale_log2, shift_[block], score, last_[block]);
+    const float give = lane_ % 4 == 3 ? last_of_tile_before : last_[block];
+    const float before = __shfl_sync(kFullWarp, give, (lane_ & ~3) | ((lane_ + 3) & 3));
+    score[0] = __fadd_rn(score[0], before);
+    const float sum = SumOverThreads(score);
+    // A condition that always holds: the assembler keeps barriers and waits in order, and so cannot
+    // move what leads to the sum behind the wait for the other block.
+    if (lane_ == 0 && sum != -1.0f) BarrierArrive(SharedAddress(&rings_.keys.empty[slot]));
+
+    const int32_t chunk_tile = tile % S::kChunkTiles;
+    if (block == 0 && chunk_tile == 0) rings_.scores[warpgroup_].WaitEmpty(scores_);
+    ScoresOf<kDk>(
+        shared_, warpgroup_,
+        scores_.slot)[(SetOf(block) * S::kChunkTiles + chunk_tile) * kTileBlocks + lane_] = sum;
+    if (block == 1 && (chunk_tile == S::kChunkTiles - 1 || tile == num_tiles_ - 1)) {
+      __syncwarp();
+      if (lane_ == 0) BarrierArrive(SharedAddress(&rings_.scores[warpgroup_].full[scores_.slot]));
+      scores_.Advance();
+    }
   }
 
   __device__ __forceinline__ void StartNext() {
     RingPlace<kWorkSlots> next = place_;
     next.Advance();
-    works_.barriers.WaitFull(next);
+    rings_.works.barriers.WaitFull(next);
     SyncWarpgroup(warpgroup_);
-    Start(works_.work[next.slot]);
+    Start(rings_.works.work[next.slot]);
   }
 
   const RankArgs& args_;
-  WorkRing& works_;
-  RingBarriers<S::kSlots>& barriers_;
-  SharedScores& scores_;
-  const uint32_t shared_;
+  Rings<kDk>& rings_;
+  char* const shared_;
+  const uint32_t shared_address_;
   const int32_t warp_ = UniformWarp();
+  const int32_t warpgroup_ = warp_ / 4;
   const int32_t lane_ = threadIdx.x % 32;
-  const int32_t warpgroup_ = UniformWarp() / 4;
-  float next_shift_[2] = {0.0f, 0.0f};
+  float shift_[2][2], next_shift_[2][2] = {};
+  float last_[2];
+  int32_t visible_[2];
+  int32_t num_tiles_, num_full_tiles_;
   RingPlace<kWorkSlots> place_;
   RingPlace<S::kSlots> keys_;
+  RingPlace<kScoreSlots> scores_;
+};
+
+// Ranks half of a warpgroup's queries.
+template <int kDk>
+class Selector {
+ public:
+  using S = Shape<kDk>;
+
+  __device__ __forceinline__ Selector(const RankArgs& args, Rings<kDk>& rings, char* shared)
+      : args_(args), rings_(rings), shared_(shared), buffer_(rings.buffers[selector_]) {}
+
+  __device__ __forceinline__ void Run() {
+    for (;;) {
+      rings_.works.barriers.WaitFull(place_);
+      const Work& work = rings_.works.work[place_.slot];
+      if (work.kv_head < 0) return;
+      RunItem(work);
+      __syncwarp();
+      if (lane_ == 0) rings_.works.barriers.Release(place_);
+      place_.Advance();
+    }
+  }
+
+ private:
+  static constexpr int kMaxQueries = kSetsPerWarpgroup / kSelectorsPerWarpgroup;
+
+  __device__ __forceinline__ void RunItem(const Work& work) {
+    const int32_t sets_per_query = args_.rows.rows_per_query / kRankWarpRows;
+    const int32_t num_queries = kMaxQueries / sets_per_query;
+    const int32_t first_set = selector_ % kSelectorsPerWarpgroup * kMaxQueries;
+    const int32_t first_query = (kSetsPerWarpgroup * warpgroup_ + first_set) / sets_per_query;
+    BestBlocks best[kMaxQueries];
+    for (int32_t chunk = 0; chunk < work.num_tiles; chunk += S::kChunkTiles) {
+      rings_.scores[warpgroup_].WaitFull(scores_);
+      const float* const scores = ScoresOf<kDk>(shared_, warpgroup_, scores_.slot);
+#pragma unroll 1  // the code of one query is long enough
+      for (int i = 0; i < kMaxQueries; ++i) {
+        const int32_t query = first_query + i;
+        if (i >= num_queries || query >= work.num_queries) break;
+        BestBlocks ranked = best[i];
+        Rank(scores + (first_set + i * sets_per_query) * (S::kChunkTiles * kTileBlocks),
+             sets_per_query, chunk, NumCandidates(work, query), ranked);
+        best[i] = ranked;
+      }
+      __syncwarp();
+      if (lane_ == 0) rings_.scores[warpgroup_].Release(scores_);
+      scores_.Advance();
+    }
+#pragma unroll 1
+    for (int i = 0; i < kMaxQueries; ++i) {
+      const int32_t query = first_query + i;
+      if (i >= num_queries || query >= work.num_queries) break;
+      int32_t* const to =
+          args_.block_indices + ((work.row + query) * args_.dims.num_kv_heads + work.kv_head) *
+                                    args_.dims.num_selected_blocks;
+      const BestBlocks ranked = best[i];
+      ranked.Store(args_.dims, NumCandidates(work, query), args_.num_free, to);
+    }
+  }
+
+  __device__ __forceinline__ int32_t NumCandidates(const Work& work, int32_t query) const {
+    return static_cast<int32_t>((work.position + query) / args_.dims.select_block_tokens) + 1;
+  }
+
+  // Adds the blocks of tiles [chunk, chunk + kChunkTiles) to the best of a query.
+  __device__ __forceinline__ void Rank(const float* scores, int32_t sets_per_query, int32_t chunk,
+                                       int32_t num_candidates, BestBlocks& best) {
+    const int32_t first_block = chunk * kTileBlocks + 8 * (lane_ % 4) + lane_ / 4;
+    float score[S::kChunkTiles];
+    uint32_t key[S::kChunkTiles];
+#pragma unroll
+    for (int j = 0; j < S::kChunkTiles; ++j) score[j] = scores[j * kTileBlocks + lane_];
+#pragma unroll 1
+    for (int32_t set = 1; set < sets_per_query; ++set) {
+      scores += S::kChunkTiles * kTileBlocks;
+#pragma unroll
+      for (int j = 0; j < S::kChunkTiles; ++j) {
+        score[j] = __fadd_rn(score[j], scores[j * kTileBlocks + lane_]);
+      }
+    }
+    // What lies past the last tile was left by others, and is past the last free block as well.
+#pragma unroll
+    for (int j = 0; j < S::kChunkTiles; ++j) {
+      const int32_t block = first_block + j * kTileBlocks;
+      const bool is_free = block >= args_.dims.num_initial_blocks &&
+                           block < num_candidates - args_.dims.num_local_blocks;
+      key[j] = is_free ? ScoreKey(score[j]) : 0;
+    }
+    // Each lane's best, then each lane's second best, until none is better than what there is.
+    for (;;) {
+      uint32_t top = 0;
+      int32_t top_tile = 0;
+#pragma unroll
+      for (int j = 0; j < S::kChunkTiles; ++j) {
+        if (key[j] > top) {
+          top = key[j];
+          top_tile = j;
+        }
+      }
+      RankedBlock added;
+      if (top > 0) added = {top, ~static_cast<uint32_t>(first_block + top_tile * kTileBlocks)};
+      if (!best.Add(added, args_.num_free, buffer_)) return;
+#pragma unroll
+      for (int j = 0; j < S::kChunkTiles; ++j) {
+        if (j == top_tile) key[j] = 0;
+      }
+    }
+  }
+
+  const RankArgs& args_;
+  Rings<kDk>& rings_;
+  char* const shared_;
+  const int32_t selector_ = UniformWarp() - kConsumerWarps;
+  uint64_t* const buffer_;
+  const int32_t warpgroup_ = selector_ / kSelectorsPerWarpgroup;
+  const int32_t lane_ = threadIdx.x % 32;
+  RingPlace<kWorkSlots> place_;
+  RingPlace<kScoreSlots> scores_;
 };
 
 // Tiles are those of blocks that can still be chosen by some query of the group: each begins with a
@@ -287,23 +459,21 @@ __device__ __forceinline__ Work TakeRankWork(const RankArgs& args) {
 }
 
 template <int kDk>
-__device__ __forceinline__ void Produce(const RankArgs& args, WorkRing& works,
-                                        RingBarriers<Shape<kDk>::kSlots>& barriers,
-                                        uint32_t shared) {
+__device__ __forceinline__ void Produce(const RankArgs& args, Rings<kDk>& rings, uint32_t shared) {
   using S = Shape<kDk>;
   RingPlace<kWorkSlots> place;
   RingPlace<S::kSlots> keys;
   Work next = TakeRankWork(args);
-  works.Tell(place, next);
+  rings.works.Tell(place, next);
   while (next.kv_head >= 0) {
     const Work work = next;
     next = TakeRankWork(args);
-    works.Tell(place, next);
+    rings.works.Tell(place, next);
     if (threadIdx.x % 32 != 0) continue;
     const char* tile = args.keys + (work.kv_head * args.num_tiles + work.first_tile) * S::kKeyBytes;
     for (int32_t i = 0; i < work.num_tiles; ++i) {
-      barriers.WaitEmpty(keys);
-      barriers.Fill(keys, shared + S::kKeys + keys.slot * S::kKeyBytes, tile, S::kKeyBytes);
+      rings.keys.WaitEmpty(keys);
+      rings.keys.Fill(keys, shared + S::kKeys + keys.slot * S::kKeyBytes, tile, S::kKeyBytes);
       keys.Advance();
       tile += S::kKeyBytes;
     }
@@ -313,24 +483,28 @@ __device__ __forceinline__ void Produce(const RankArgs& args, WorkRing& works,
 template <class T, int kDk, int kPolynomials>
 __global__ void __launch_bounds__(kThreads, 1)
     RankBlocksKernel(const __grid_constant__ RankArgs args) {
-  using S = Shape<kDk>;
   extern __shared__ char dynamic[];
-  __shared__ WorkRing works;
-  __shared__ RingBarriers<S::kSlots> barriers;
-  __shared__ SharedScores scores;
-  const uint32_t shared = (SharedAddress(dynamic) + 1023) & ~1023u;
+  __shared__ Rings<kDk> rings;
+  char* const shared = dynamic + (1024 - SharedAddress(dynamic) % 1024) % 1024;
+  const int32_t warp = UniformWarp();
   if (threadIdx.x == 0) {
-    works.barriers.Init(1, kConsumerWarps);
-    barriers.Init(1, kConsumerWarps);
+    rings.works.barriers.Init(1, kConsumerWarps + kSelectorWarps);
+    rings.keys.Init(1, 2 * kConsumerWarps);  // once for each block of rows
+    for (int i = 0; i < kWarpgroups; ++i) rings.scores[i].Init(4, kSelectorsPerWarpgroup);
     BarrierInitFence();
   }
   __syncthreads();
-  if (threadIdx.x / 32 >= kConsumerWarps) {
-    LowerRegisters<kProducerRegisters>();
-    if (threadIdx.x / 32 == kConsumerWarps) Produce<kDk>(args, works, barriers, shared);
-  } else {
+  if (warp < kConsumerWarps) {
     RaiseRegisters<kConsumerRegisters>();
-    Consumer<T, kDk, kPolynomials>(args, works, barriers, scores, shared).Run();
+    Consumer<T, kDk, kPolynomials>(args, rings, shared).Run();
+  } else if (warp < kConsumerWarps + kSelectorWarps) {
+    LowerRegisters<kSelectorRegisters>();
+    Selector<kDk>(args, rings, shared).Run();
+  } else {
+    LowerRegisters<kProducerRegisters>();
+    if (warp == kConsumerWarps + kSelectorWarps) {
+      Produce<kDk>(args, rings, SharedAddress(shared));
+    }
   }
 }
 

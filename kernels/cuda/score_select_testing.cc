@@ -39,28 +39,25 @@ std::vector<T> Gather(const std::vector<std::byte>& rows, int64_t row_bytes, int
   return dense;
 }
 
-std::vector<Segment> Cut(const ScoreSelectProblem& problem, const ScoreSelectLayout& layout) {
+}  // namespace
+
+std::vector<Segment> ScoreSelectProblem::Segments(int64_t max_tokens) const {
   std::vector<Segment> segments;
-  for (size_t d = 0; d < problem.documents.size(); ++d) {
-    const int64_t length = problem.documents[d].num_tokens;
-    for (int64_t begin = 0; begin < length; begin += layout.segment_tokens) {
-      segments.push_back({.row = 0,
-                          .num_tokens = std::min(layout.segment_tokens, length - begin),
-                          .position = begin,
+  for (size_t d = 0; d < documents.size(); ++d) {
+    const Document& document = documents[d];
+    int64_t position = d == 0 ? query_begin : 0;
+    while (position < document.num_tokens) {
+      const int64_t count = std::min(max_tokens, document.num_tokens - position);
+      segments.push_back({.row = document.token_begin + position - query_begin,
+                          .num_tokens = count,
+                          .position = position,
                           .document = static_cast<int32_t>(d),
                           .is_halo = 0});
+      position += count;
     }
-  }
-  int64_t row = 0;
-  for (size_t i = 0; i < segments.size(); ++i) {
-    Segment& segment = segments[layout.reverse_rows ? segments.size() - 1 - i : i];
-    segment.row = row;
-    row += segment.num_tokens;
   }
   return segments;
 }
-
-}  // namespace
 
 TestMemory::TestMemory(size_t num_bytes) : num_bytes_(num_bytes) {
   if (cudaMalloc(&data_, std::max<size_t>(num_bytes, 1)) != cudaSuccess) data_ = nullptr;
@@ -85,20 +82,23 @@ ScoreSelectOutputs RunScoreSelect(const ScoreSelectProblem& problem,
   const AttentionDims& dims = problem.dims;
   const int64_t hq = dims.num_q_heads, hkv = dims.num_kv_heads;
   const int64_t dk = dims.head_dim_qk, dv = dims.head_dim_v, n = dims.num_selected_blocks;
-  const int64_t num_tokens = problem.num_tokens;
-  const std::vector<Segment> segments = Cut(problem, layout);
-  std::vector<int64_t> place(num_tokens);  // of a token's row
-  for (const Segment& segment : segments) {
-    const int64_t begin = problem.documents[segment.document].token_begin + segment.position;
-    for (int64_t i = 0; i < segment.num_tokens; ++i) place[begin + i] = segment.row + i;
+  const int64_t num_queries = problem.num_queries();
+  std::vector<Segment> segments = problem.Segments(layout.segment_tokens);
+  std::vector<int64_t> place(num_queries);  // of a query's row
+  int64_t rows_after = num_queries;
+  for (Segment& segment : segments) {
+    const int64_t row = segment.row;
+    rows_after -= segment.num_tokens;
+    if (layout.reverse_rows) segment.row = rows_after;
+    for (int64_t i = 0; i < segment.num_tokens; ++i) place[row + i] = segment.row + i;
   }
   std::vector<int64_t> in_order(problem.num_cmp_blocks);
   for (int64_t i = 0; i < problem.num_cmp_blocks; ++i) in_order[i] = i;
 
-  PlacedRows q(num_tokens, hq * dk, layout.row_padding);
+  PlacedRows q(num_queries, hq * dk, layout.row_padding);
   PlacedRows kc(problem.num_cmp_blocks, hkv * dk, layout.row_padding);
   PlacedRows vc(problem.num_cmp_blocks, hkv * dv, layout.row_padding);
-  const PlacedRows o(num_tokens, hq * dv, layout.row_padding);
+  const PlacedRows o(num_queries, hq * dv, layout.row_padding);
   q.Scatter(problem.q, place);
   kc.Scatter(problem.kc, in_order);
   vc.Scatter(problem.vc, in_order);
@@ -110,8 +110,8 @@ ScoreSelectOutputs RunScoreSelect(const ScoreSelectProblem& problem,
   const TestMemory device_documents(problem.documents.data(),
                                     problem.documents.size() * sizeof(Document));
   const TestMemory device_o(o.bytes.data(), o.bytes.size());
-  const TestMemory device_lse(num_tokens * hq * sizeof(float));
-  const TestMemory device_indices(num_tokens * hkv * n * sizeof(int32_t));
+  const TestMemory device_lse(num_queries * hq * sizeof(float));
+  const TestMemory device_indices(num_queries * hkv * n * sizeof(int32_t));
   device_lse.Fill(kPoison);
   device_indices.Fill(kPoison - 1);
 
@@ -121,7 +121,7 @@ ScoreSelectOutputs RunScoreSelect(const ScoreSelectProblem& problem,
                   .segments = device_segments.as<Segment>(),
                   .num_segments = static_cast<int32_t>(segments.size()),
                   .documents = device_documents.as<Document>(),
-                  .num_tokens = num_tokens},
+                  .num_tokens = num_queries},
       .kc = {device_kc.as(), kc.stride, dk},
       .vc = {device_vc.as(), vc.stride, dv},
       .num_cmp_blocks = problem.num_cmp_blocks,
@@ -131,7 +131,7 @@ ScoreSelectOutputs RunScoreSelect(const ScoreSelectProblem& problem,
       .block_indices = device_indices.as<int32_t>()};
   const TestMemory scratch(ScoreSelectScratchBytes(
       dims,
-      {num_tokens, params.queries.num_segments, params.num_cmp_blocks, params.num_documents}));
+      {num_queries, params.queries.num_segments, params.num_cmp_blocks, params.num_documents}));
   scratch.Fill(kPoison);
   int num_sms = 0;
   cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0);

@@ -39,11 +39,16 @@ class TestMemory {
 struct ScoreSelectProblem {
   AttentionDims dims;
   std::vector<Document> documents;
-  int64_t num_tokens = 0;
+  int64_t num_tokens = 0;   // of all documents
+  int64_t query_begin = 0;  // the first one, of the first document, that is a query; T follow
   int64_t num_cmp_blocks = 0;
   std::vector<std::byte> q;   // [T,Hq,Dk]
   std::vector<std::byte> kc;  // [N,Hkv,Dk]
   std::vector<std::byte> vc;  // [N,Hkv,Dv]
+
+  int64_t num_queries() const { return num_tokens - query_begin; }  // T
+  // In order, of at most `max_tokens` tokens, their rows in global order.
+  std::vector<Segment> Segments(int64_t max_tokens) const;
 };
 
 // None of it may show in results.

@@ -159,23 +159,24 @@ constexpr uint32_t QueryOfRowFactor(int32_t rows_per_query) {
 template <int kDk>
 __device__ __forceinline__ void StartQueries(const QueryRows& rows, const Work& work,
                                              int32_t first_row, uint32_t to) {
-  constexpr int kChunks = kDk / 8;
-  const int32_t thread = threadIdx.x % 128;
+  const int32_t chunk = threadIdx.x % 8;
+  const char* const from = rows.q + work.row * rows.row_bytes +
+                           work.kv_head * rows.group_size * rows.head_bytes + chunk * 16;
 #pragma unroll
-  for (int i = 0; i < 64 * kChunks / 128; ++i) {
-    const int32_t row = (thread + 128 * i) / kChunks, chunk = (thread + 128 * i) % kChunks;
+  for (int i = 0; i < 4; ++i) {
+    const int32_t row = threadIdx.x % 128 / 8 + 16 * i;
     const int32_t item_row = first_row + row;
     const int32_t query = static_cast<int32_t>(item_row * rows.query_of_row >> 16);
     const int32_t head = item_row - query * rows.rows_per_query;
     const bool present = query < work.num_queries && head < rows.group_size;
-    const char* from = rows.q;
-    if (present) {
-      from += (work.row + query) * rows.row_bytes +
-              (work.kv_head * rows.group_size + head) * rows.head_bytes + chunk * 16;
+    const int64_t offset =
+        (present ? query : 0) * rows.row_bytes + (present ? head : 0) * rows.head_bytes;
+    const uint32_t place = to + row * 128 + ((chunk ^ row % 8) << 4);
+#pragma unroll
+    for (int panel = 0; panel < kDk / 64; ++panel) {
+      CopyAsync16(place + panel * 8192, from + offset + panel * 128, present);
     }
-    CopyAsync16(to + chunk / 8 * 8192 + row * 128 + ((chunk % 8 ^ row % 8) << 4), from, present);
   }
-  CopyAsyncCommit();
 }
 
 // This warp in its block, such that the compiler knows it to be the same in all lanes.
@@ -190,6 +191,7 @@ __device__ __forceinline__ void SyncWarpgroup(int32_t warpgroup) {
 
 // Returns when wgmma may read what StartQueries copied.
 __device__ __forceinline__ void FinishQueries(int32_t warpgroup) {
+  CopyAsyncCommit();
   CopyAsyncWait<0>();
   FenceProxyAsync();
   SyncWarpgroup(warpgroup);
