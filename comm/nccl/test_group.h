@@ -1,0 +1,39 @@
+// Groups of processes on this host, one GPU each, for tests and measurements.
+#ifndef COMM_NCCL_TEST_GROUP_H_
+#define COMM_NCCL_TEST_GROUP_H_
+
+#include <cuda_runtime_api.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "comm/communicator.h"
+#include "comm/nccl/cuda_status.h"
+#include "comm/nccl/nccl_communicator.h"
+
+namespace nsa::comm::nccl {
+
+// GPUs of this host. Asked in a process of its own: CUDA does not survive a fork.
+int CountGpus();
+
+// Collective: the communicator `group` of the processes that meet at `port`. Rank r has GPU r,
+// which becomes current.
+absl::StatusOr<std::unique_ptr<Communicator>> CreateOnThisHost(const std::string& group, int rank,
+                                                               int size, int port,
+                                                               NcclOptions options);
+
+// A copy of `values` in device memory.
+template <typename T>
+absl::StatusOr<DevicePtr<T>> ToDevice(const std::vector<T>& values) {
+  absl::StatusOr<DevicePtr<T>> device = AllocateDevice<T>(values.size());
+  if (!device.ok()) return device.status();
+  NSA_NCCL_CUDA_OK(
+      cudaMemcpy(device->get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return device;
+}
+
+}  // namespace nsa::comm::nccl
+
+#endif  // COMM_NCCL_TEST_GROUP_H_
