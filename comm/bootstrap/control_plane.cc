@@ -86,6 +86,9 @@ void ControlPlane::Abort(absl::string_view reason) {
   absl::MutexLock lock(&mu_);
   if (said_farewell_) return;
   QueueToAll({FrameType::kAborted, rank_, 0, std::string(reason)}, rank_);
+  // An all-gather of this rank, in another thread, ends too.
+  if (failure_.ok()) failure_ = AbortedBy(rank_, reason);
+  changed_.SignalAll();
 }
 
 void ControlPlane::Leave(const absl::Status& why) {

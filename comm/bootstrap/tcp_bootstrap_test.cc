@@ -324,6 +324,30 @@ TEST(ControlPlaneTest, TellsAllOfAnAbort) {
   }
 }
 
+TEST(ControlPlaneTest, AbortEndsTheOwnAllGather) {
+  const int port = FreePort();
+  const absl::Status status = conformance::RunOnThreads(2, [&](int rank) -> absl::Status {
+    auto bootstrap = CreateTcpBootstrap(Options(rank, 2, port));
+    if (!bootstrap.ok()) return bootstrap.status();
+    if (rank == 1) {
+      absl::SleepFor(absl::Milliseconds(500));
+      return absl::OkStatus();
+    }
+    std::thread aborter([&] {
+      absl::SleepFor(absl::Milliseconds(50));
+      (*bootstrap)->Abort("out of luck");
+    });
+    const absl::Time start = absl::Now();
+    const absl::Status gathered =
+        (*bootstrap)->AllGather("mine", absl::Seconds(10), "a call").status();
+    aborter.join();
+    EXPECT_EQ(gathered, AbortedBy(0, "out of luck"));
+    EXPECT_LT(absl::Now() - start, absl::Milliseconds(400));
+    return absl::OkStatus();
+  });
+  EXPECT_EQ(status, absl::OkStatus());
+}
+
 TEST(ControlPlaneTest, TellsAllOfALeave) {
   for (int victim : {0, 2}) {
     ExpectFirstEvent(victim, PeerEvent::Kind::kLeft, "",

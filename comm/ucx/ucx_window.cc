@@ -1,6 +1,5 @@
 #include "comm/ucx/ucx_window.h"
 
-#include <atomic>
 #include <numeric>
 #include <utility>
 
@@ -97,15 +96,13 @@ absl::Status UcxWindow::AwaitPublished(absl::Span<const int> peers, int64_t epoc
 }
 
 absl::Status UcxWindow::SignalPublished(int64_t epoch) {
-  // What this rank wrote comes before the message that says so, also for readers of its memory.
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  // UCP's send puts what was written before it, here the window, before the message.
   absl::MutexLock lock(&worker_.mu());
   board_.Publish(id_, epoch);
   return absl::OkStatus();
 }
 
 absl::Status UcxWindow::SignalReleased(int64_t epoch) {
-  std::atomic_thread_fence(std::memory_order_seq_cst);
   absl::MutexLock lock(&worker_.mu());
   board_.Release(id_, epoch);
   return absl::OkStatus();

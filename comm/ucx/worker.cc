@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
 #include "comm/errors.h"
 
 namespace nsa::comm::ucx {
@@ -26,60 +25,6 @@ constexpr absl::Duration kCloseTime = absl::Seconds(2);
 // often.
 constexpr absl::Duration kBusyPause = absl::Microseconds(200);
 constexpr int kArmAttempts = 4;
-// Room for our header and UCX's in a segment.
-constexpr int64_t kSegmentOverhead = 1024;
-
-absl::StatusOr<Context> MakeContext(const WorkerOptions& options) {
-  ucp_config_t* raw_config = nullptr;
-  if (ucs_status_t s = ucp_config_read(nullptr, nullptr, &raw_config); s != UCS_OK) {
-    return UcsError("ucp_config_read", s);
-  }
-  const Config config(raw_config);
-  const std::string segment = absl::StrCat(kSegmentBytes + kSegmentOverhead);
-  const std::pair<const char*, std::string> settings[] = {
-      {"TLS", options.tls.empty() ? kHostTransports : options.tls},
-      {"NET_DEVICES", options.net_devices},
-      // Without this, shared memory is left out of endpoints that report errors (UCX 1.13).
-      {"MM_ERROR_HANDLING", "y"},
-      // Every message goes as one segment, copied: see RemoteReads for why.
-      {"ZCOPY_THRESH", "inf"},
-      {"RNDV_THRESH", "inf"},
-      {"TCP_TX_SEG_SIZE", segment},
-      {"TCP_RX_SEG_SIZE", segment},
-      {"MM_SEG_SIZE", segment},
-  };
-  for (const auto& [name, value] : settings) {
-    if (value.empty()) continue;
-    if (ucs_status_t s = ucp_config_modify(config.get(), name, value.c_str()); s != UCS_OK) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(name, ": '", value, "'; UCX does not take it: ", ucs_status_string(s)));
-    }
-  }
-  ucp_params_t params = {};
-  params.field_mask = UCP_PARAM_FIELD_FEATURES;
-  params.features = UCP_FEATURE_AM | UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP;
-  ucp_context_h context = nullptr;
-  if (ucs_status_t s = ucp_init(&params, config.get(), &context); s != UCS_OK) {
-    if (!options.tls.empty() || !options.net_devices.empty()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("tls, net_devices: '", options.tls, "', '", options.net_devices,
-                       "'; UCX must find a transport: ", ucs_status_string(s)));
-    }
-    return UcsError("ucp_init", s);
-  }
-  return Context(context);
-}
-
-// True if UCX may use no transport but those of kHostTransports.
-bool AreHostTransports(absl::string_view tls) {
-  constexpr absl::string_view kNames[] = {"sm",    "shm", "mm",   "posix", "sysv",
-                                          "xpmem", "cma", "knem", "tcp",   "self"};
-  if (tls.empty()) return true;
-  const std::vector<absl::string_view> parts = absl::StrSplit(tls, ',');
-  return std::all_of(parts.begin(), parts.end(), [&](absl::string_view part) {
-    return std::find(std::begin(kNames), std::end(kNames), part) != std::end(kNames);
-  });
-}
 
 }  // namespace
 
@@ -99,7 +44,7 @@ absl::StatusOr<std::unique_ptr<Worker>> Worker::Create(int rank, int size,
                                                        const WorkerOptions& options,
                                                        Health* health) {
   std::unique_ptr<Worker> worker(new Worker(rank, size, options, health));
-  absl::StatusOr<Context> context = MakeContext(options);
+  absl::StatusOr<Context> context = MakeContext(options.tls, options.net_devices);
   if (!context.ok()) return context.status();
   worker->context_ = *std::move(context);
 

@@ -25,6 +25,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "comm/health.h"
+#include "comm/ucx/context.h"
 #include "comm/ucx/handles.h"
 #include "comm/ucx/wire_header.h"
 
@@ -36,14 +37,6 @@ struct WorkerOptions {
   std::string net_devices;
   absl::Duration poll_time;
 };
-
-// Shared memory, TCP, and what leads to oneself. All of their copying is done by the processor, so
-// a worker that is not driven leaves the caller's memory alone.
-inline constexpr char kHostTransports[] = "sm,tcp,self";
-
-// The most bytes of one message. Segments of the host transports are made to hold it, so that it is
-// copied once on either side.
-inline constexpr int64_t kSegmentBytes = 32 << 10;
 
 // Takes what arrives. Called with the worker's mutex held.
 class MessageHandler {

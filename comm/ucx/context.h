@@ -1,0 +1,30 @@
+// The UCP context: which transports there are, and how they are set up.
+#ifndef COMM_UCX_CONTEXT_H_
+#define COMM_UCX_CONTEXT_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "comm/ucx/handles.h"
+
+namespace nsa::comm::ucx {
+
+// Shared memory, TCP, and what leads to oneself. All of their copying is done by the processor, so
+// a worker that is not driven leaves the caller's memory alone.
+inline constexpr char kHostTransports[] = "sm,tcp,self";
+
+// True if `tls` allows nothing but those. Empty stands for them.
+bool AreHostTransports(absl::string_view tls);
+
+// The most bytes of one message. Segments of the host transports are made to hold it, so that it is
+// copied once on either side.
+inline constexpr int64_t kSegmentBytes = 32 << 10;
+
+// InvalidArgument when UCX has none of these transports or devices.
+absl::StatusOr<Context> MakeContext(const std::string& tls, const std::string& net_devices);
+
+}  // namespace nsa::comm::ucx
+
+#endif  // COMM_UCX_CONTEXT_H_
