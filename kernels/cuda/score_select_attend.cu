@@ -43,21 +43,19 @@ struct Shape {
   static constexpr int kSlots = kDk == 64 ? 5 : kDk == 128 ? 3 : 2;
   static constexpr int kKeys = kWarpgroups * kQueryBytes;
   static constexpr int kValues = kKeys + kSlots * kKeyBytes;
-  static constexpr int kBytes = kValues + kSlots * kValueBytes;
+  static constexpr int kKeyBarriers = kValues + kSlots * kValueBytes;
+  static constexpr int kValueBarriers = kKeyBarriers + RingBarriers<kSlots>::kBytes;
+  static constexpr int kBytes = kValueBarriers + RingBarriers<kSlots>::kBytes;
   // Of a thread: 2 * consumer + producer is what the block is given, 3 * 168.
   static constexpr int kConsumerRegisters = kDk == 192 ? 240 : 232;
   static constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters;
 };
 
-template <int kSlots>
-struct Barriers {
-  RingBarriers<kSlots> keys;
-  RingBarriers<kSlots> values;
-};
-
 // s [64,128] = rows of q * keys^T
 template <class T, int kDk>
-__device__ __forceinline__ void StartLogits(float (&s)[64], uint64_t q, uint64_t keys) {
+__device__ __forceinline__ void StartLogits(float (&s)[64], uint32_t q_address,
+                                            uint32_t key_address) {
+  const uint64_t q = WgmmaDescriptor(q_address), keys = WgmmaDescriptor(key_address);
 #pragma unroll
   for (int k = 0; k < kDk / 16; ++k) {
     WgmmaShared<T>(s, q + (k / 4) * (8192 >> 4) + (k % 4) * 2,
@@ -68,7 +66,8 @@ __device__ __forceinline__ void StartLogits(float (&s)[64], uint64_t q, uint64_t
 // o [64,Dv] += p * values
 template <class T, int kDv>
 __device__ __forceinline__ void StartOutput(float (&o)[kDv / 2], const uint32_t (&p)[32],
-                                            uint64_t values) {
+                                            uint32_t value_address) {
+  const uint64_t values = WgmmaDescriptor(value_address);
 #pragma unroll
   for (int k = 0; k < kTileSummaries / 16; ++k) {
     WgmmaRegisters<T>(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3],
@@ -145,16 +144,20 @@ class Consumer {
  public:
   using S = Shape<kDk, kDv>;
 
-  __device__ __forceinline__ Consumer(const AttendArgs& args, WorkRing& works,
-                                      Barriers<S::kSlots>& barriers, uint32_t shared)
-      : args_(args), works_(works), barriers_(barriers), shared_(shared) {}
+  __device__ __forceinline__ Consumer(const AttendArgs& args, const WorkRing& works,
+                                      uint32_t shared)
+      : args_(args),
+        works_(works),
+        shared_(shared),
+        key_barriers_(shared + S::kKeyBarriers),
+        value_barriers_(shared + S::kValueBarriers) {}
 
   __device__ __forceinline__ void Run() {
-    works_.barriers.WaitFull(place_);
+    works_.Wait(place_);
     StartQueriesOf(place_);
     for (;;) {
       CompleteEmpty();
-      if (WorkAt(place_).kv_head < 0) return;
+      if (Uniform(works_.At(place_).kv_head) < 0) return;
       float o[kDv / 2];
       uint32_t p[32];
       BeginFirst(p);
@@ -163,7 +166,7 @@ class Consumer {
         for (tile_ = 1; tile_ < num_tiles_; ++tile_) Step<false>(o, p);
         previous_ = place_;
         place_.Advance();
-        if (WorkAt(place_).num_tiles == 0) break;
+        if (Uniform(works_.At(place_).num_tiles) == 0) break;
         Step<true>(o, p);
       }
       CompleteLast(o, p);
@@ -171,75 +174,67 @@ class Consumer {
   }
 
  private:
-  using Place = RingPlace<kWorkSlots>;
-
-  __device__ __forceinline__ const Work& WorkAt(const Place& place) const {
-    return works_.work[place.slot];
-  }
   __device__ __forceinline__ uint32_t Query() const {
     return shared_ + warpgroup_ * S::kQueryBytes;
   }
-  __device__ __forceinline__ uint64_t Keys() const {
-    return WgmmaDescriptor(shared_ + S::kKeys + keys_.slot * S::kKeyBytes);
+  __device__ __forceinline__ uint32_t Keys() const {
+    return shared_ + S::kKeys + keys_.slot * S::kKeyBytes;
   }
-  __device__ __forceinline__ uint64_t Values() const {
-    return WgmmaDescriptor(shared_ + S::kValues + values_.slot * S::kValueBytes);
+  __device__ __forceinline__ uint32_t Values() const {
+    return shared_ + S::kValues + values_.slot * S::kValueBytes;
   }
   static __device__ __forceinline__ void Clear(float (&o)[kDv / 2]) {
 #pragma unroll
     for (int i = 0; i < kDv / 2; ++i) o[i] = 0.0f;
   }
 
-  __device__ __forceinline__ void StartQueriesOf(const Place& place) {
-    const Work& work = WorkAt(place);
-    if (work.num_tiles > 0) StartQueries<kDk>(args_.rows, work, 64 * warpgroup_, Query());
+  __device__ __forceinline__ void StartQueriesOf(const WorkRing::Place& place) {
+    const Work& work = works_.At(place);
+    if (Uniform(work.num_tiles) > 0) {
+      StartQueries<kDk>(args_.rows, work, 64 * warpgroup_, Query());
+    }
   }
   // When nobody reads q of the current item any more.
   __device__ __forceinline__ void StartNextQueries() {
-    Place next = place_;
+    WorkRing::Place next = place_;
     next.Advance();
-    works_.barriers.WaitFull(next);
+    works_.Wait(next);
     SyncWarpgroup(warpgroup_);
     StartQueriesOf(next);
-  }
-  __device__ __forceinline__ void ReleaseWork(const Place& place) {
-    __syncwarp();
-    if (lane_ == 0) works_.barriers.Release(place);
   }
 
   // Items that see no tile, up to one that does or the end.
   __device__ __forceinline__ void CompleteEmpty() {
-    while (WorkAt(place_).kv_head >= 0 && WorkAt(place_).num_tiles == 0) {
+    while (Uniform(works_.At(place_).kv_head) >= 0 && Uniform(works_.At(place_).num_tiles) == 0) {
       const Rows nothing{{kLowest, kLowest}, {0.0f, 0.0f}, {1.0f, 1.0f}};
       const float zeros[kDv / 2] = {};
-      Store(WorkAt(place_), nothing, zeros);
+      Store(works_.At(place_), nothing, zeros);
       StartNextQueries();
-      ReleaseWork(place_);
+      works_.Release(place_);
       place_.Advance();
     }
   }
 
   // The item before one that sees no tile, or before the end.
   __device__ __forceinline__ void CompleteLast(float (&o)[kDv / 2], const uint32_t (&p)[32]) {
-    barriers_.values.WaitFull(values_);
+    value_barriers_.WaitFull(values_);
     WgmmaFence();
-    StartOutput<T, kDv>(o, p, Values());
+    StartOutput<T, kDv>(o, p, Uniform(Values()));
     WgmmaCommit();
     WgmmaWait<0>();
     WgmmaTouch(o);
-    if (lane_ == 0) barriers_.values.Release(values_);
-    values_.Advance();
-    Store(WorkAt(previous_), rows_, o);
-    ReleaseWork(previous_);
+    ReleaseValues();
+    Store(works_.At(previous_), rows_, o);
+    works_.Release(previous_);
   }
 
   // Makes place_ the item that is worked on.
   __device__ __forceinline__ void BeginItem() {
-    const Work& work = WorkAt(place_);
+    const Work& work = works_.At(place_);
     rows_ = {{kLowest, kLowest}, {0.0f, 0.0f}, {1.0f, 1.0f}};
     tile_ = 0;
-    num_tiles_ = work.num_tiles;
-    num_full_tiles_ = work.num_full_tiles;
+    num_tiles_ = Uniform(work.num_tiles);
+    num_full_tiles_ = Uniform(work.num_full_tiles);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       visible_[r] = NumVisible(args_.dims, work.position + QueryOf(RowOf(r))) - 32 * (lane_ % 4);
@@ -251,9 +246,9 @@ class Consumer {
   __device__ __forceinline__ void BeginFirst(uint32_t (&p)[32]) {
     float s[64];
     BeginItem();
-    barriers_.keys.WaitFull(keys_);
+    key_barriers_.WaitFull(keys_);
     WgmmaFence();
-    StartLogits<T, kDk>(s, WgmmaDescriptor(Query()), Keys());
+    StartLogits<T, kDk>(s, Uniform(Query()), Uniform(Keys()));
     WgmmaCommit();
     WgmmaWait<0>();
     WgmmaTouch(s);
@@ -271,23 +266,23 @@ class Consumer {
       previous_rows = rows_;
       BeginItem();
     }
-    barriers_.keys.WaitFull(keys_);
-    barriers_.values.WaitFull(values_);
+    const uint32_t q = Uniform(Query()), keys = Uniform(Keys()), values = Uniform(Values());
+    key_barriers_.WaitFull(keys_);
+    value_barriers_.WaitFull(values_);
     WgmmaFence();
-    StartLogits<T, kDk>(s, WgmmaDescriptor(Query()), Keys());
+    StartLogits<T, kDk>(s, q, keys);
     WgmmaCommit();
-    StartOutput<T, kDv>(o, p, Values());
+    StartOutput<T, kDv>(o, p, values);
     WgmmaCommit();
     WgmmaWait<1>();
     WgmmaTouch(s);
     TakeExponentials(s);
     WgmmaWait<0>();
     WgmmaTouch(o);
-    if (lane_ == 0) barriers_.values.Release(values_);
-    values_.Advance();
+    ReleaseValues();
     if constexpr (kFirst) {
-      Store(WorkAt(previous_), previous_rows, o);
-      ReleaseWork(previous_);
+      Store(works_.At(previous_), previous_rows, o);
+      works_.Release(previous_);
       Clear(o);
     } else {
       Rescale<kDv>(o, rows_);
@@ -305,8 +300,13 @@ class Consumer {
     // A condition that always holds: the assembler keeps barriers and waits in order, and so cannot
     // move the exponentials behind the next wait.
     const bool done = rows_.sum[0] != -1.0f && rows_.sum[1] != -1.0f;
-    if (lane_ == 0 && done) barriers_.keys.Release(keys_);
+    if (lane_ == 0 && done) BarrierArrive(key_barriers_.Empty(keys_.slot));
     keys_.Advance();
+  }
+
+  __device__ __forceinline__ void ReleaseValues() {
+    if (lane_ == 0) BarrierArrive(value_barriers_.Empty(values_.slot));
+    values_.Advance();
   }
 
   __device__ __forceinline__ int32_t RowOf(int r) const {
@@ -354,16 +354,16 @@ class Consumer {
   }
 
   const AttendArgs& args_;
-  WorkRing& works_;
-  Barriers<S::kSlots>& barriers_;
+  const WorkRing& works_;
   const uint32_t shared_;
+  const RingBarriers<S::kSlots> key_barriers_, value_barriers_;
   const int32_t warp_ = UniformWarp();
   const int32_t lane_ = threadIdx.x % 32;
-  const int32_t warpgroup_ = UniformWarp() / 4;
+  const int32_t warpgroup_ = warp_ / 4;
   Rows rows_;
   int32_t tile_, num_tiles_, num_full_tiles_;
   int32_t visible_[2];  // columns of this thread that its rows see, from the first tile on
-  Place place_, previous_;
+  WorkRing::Place place_, previous_;
   RingPlace<S::kSlots> keys_;
   RingPlace<S::kSlots> values_;
 };
@@ -379,11 +379,12 @@ __device__ __forceinline__ Work TakeAttendWork(const AttendArgs& args) {
 }
 
 template <int kDk, int kDv>
-__device__ __forceinline__ void Produce(const AttendArgs& args, WorkRing& works,
-                                        Barriers<Shape<kDk, kDv>::kSlots>& barriers,
+__device__ __forceinline__ void Produce(const AttendArgs& args, const WorkRing& works,
                                         uint32_t shared) {
   using S = Shape<kDk, kDv>;
-  RingPlace<kWorkSlots> place;
+  const RingBarriers<S::kSlots> key_barriers(shared + S::kKeyBarriers);
+  const RingBarriers<S::kSlots> value_barriers(shared + S::kValueBarriers);
+  WorkRing::Place place;
   RingPlace<S::kSlots> keys, values;
   Work next = TakeAttendWork(args);
   works.Tell(place, next);
@@ -398,16 +399,16 @@ __device__ __forceinline__ void Produce(const AttendArgs& args, WorkRing& works,
     // In the order of use: the values of a tile after the keys of the next.
     for (int32_t tile = 0; tile <= work.num_tiles && work.num_tiles > 0; ++tile) {
       if (tile < work.num_tiles) {
-        barriers.keys.WaitEmpty(keys);
-        barriers.keys.Fill(keys, shared + S::kKeys + keys.slot * S::kKeyBytes, key_tile,
-                           S::kKeyBytes);
+        key_barriers.WaitEmpty(keys);
+        key_barriers.Fill(keys, shared + S::kKeys + keys.slot * S::kKeyBytes, key_tile,
+                          S::kKeyBytes);
         keys.Advance();
         key_tile += S::kKeyBytes;
       }
       if (tile > 0) {
-        barriers.values.WaitEmpty(values);
-        barriers.values.Fill(values, shared + S::kValues + values.slot * S::kValueBytes, value_tile,
-                             S::kValueBytes);
+        value_barriers.WaitEmpty(values);
+        value_barriers.Fill(values, shared + S::kValues + values.slot * S::kValueBytes, value_tile,
+                            S::kValueBytes);
         values.Advance();
         value_tile += S::kValueBytes;
       }
@@ -420,22 +421,23 @@ __global__ void __launch_bounds__(kThreads, 1)
     AttendSummariesKernel(const __grid_constant__ AttendArgs args) {
   using S = Shape<kDk, kDv>;
   extern __shared__ char dynamic[];
-  __shared__ WorkRing works;
-  __shared__ Barriers<S::kSlots> barriers;
-  const uint32_t shared = (SharedAddress(dynamic) + 1023) & ~1023u;
+  __shared__ WorkSlots work_slots;
+  const uint32_t shared = Uniform((SharedAddress(dynamic) + 1023) & ~1023u);
+  const WorkRing works(work_slots);
   if (threadIdx.x == 0) {
-    works.barriers.Init(1, kConsumerWarps);
-    barriers.keys.Init(1, kConsumerWarps);
-    barriers.values.Init(1, kConsumerWarps);
+    works.Init(kConsumerWarps);
+    RingBarriers<S::kSlots>(shared + S::kKeyBarriers).Init(1, kConsumerWarps);
+    RingBarriers<S::kSlots>(shared + S::kValueBarriers).Init(1, kConsumerWarps);
     BarrierInitFence();
   }
   __syncthreads();
-  if (threadIdx.x / 32 >= kConsumerWarps) {
-    LowerRegisters<S::kProducerRegisters>();
-    if (threadIdx.x / 32 == kConsumerWarps) Produce<kDk, kDv>(args, works, barriers, shared);
-  } else {
+  const int32_t warp = UniformWarp();
+  if (warp < kConsumerWarps) {
     RaiseRegisters<S::kConsumerRegisters>();
-    Consumer<T, kDk, kDv>(args, works, barriers, shared).Run();
+    Consumer<T, kDk, kDv>(args, works, shared).Run();
+  } else {
+    LowerRegisters<S::kProducerRegisters>();
+    if (warp == kConsumerWarps) Produce<kDk, kDv>(args, works, shared);
   }
 }
 

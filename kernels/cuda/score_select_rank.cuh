@@ -60,7 +60,20 @@ struct Shape {
   static constexpr int kScoreBytes = kSetsPerWarpgroup * kChunkTiles * kTileBlocks * 4;
   static constexpr int kKeys = kRankRows / 64 * kQueryBytes;
   static constexpr int kScores = kKeys + kSlots * kKeyBytes;
-  static constexpr int kBytes = kScores + kWarpgroups * kScoreSlots * kScoreBytes;
+  static constexpr int kKeyBarriers = kScores + kWarpgroups * kScoreSlots * kScoreBytes;
+  static constexpr int kScoreBarriers = kKeyBarriers + RingBarriers<kSlots>::kBytes;
+  static constexpr int kBytes = kScoreBarriers + kWarpgroups * RingBarriers<kScoreSlots>::kBytes;
+
+  // Of the scores that a warpgroup leaves for its selectors, and the scores
+  // [set][tile of the chunk][lane] themselves.
+  static __device__ __forceinline__ RingBarriers<kScoreSlots> ScoreBarriers(uint32_t shared,
+                                                                            int32_t warpgroup) {
+    return RingBarriers<kScoreSlots>(shared + kScoreBarriers +
+                                     warpgroup * RingBarriers<kScoreSlots>::kBytes);
+  }
+  static constexpr __device__ int32_t ScoreOffset(int32_t warpgroup, int32_t slot) {
+    return kScores + (warpgroup * kScoreSlots + slot) * kScoreBytes;
+  }
 };
 
 // 2^x for x below about 1, at least 2^-125, to about two units in the last place, without the
@@ -133,41 +146,39 @@ __device__ __forceinline__ float SumOverThreads(const float (&score)[8]) {
   return __fadd_rn(keep, __shfl_xor_sync(kFullWarp, give, 4));
 }
 
-// What the warps of a CTA meet at.
-template <int kDk>
-struct Rings {
-  WorkRing works;
-  RingBarriers<Shape<kDk>::kSlots> keys;
-  RingBarriers<kScoreSlots> scores[kWarpgroups];
-  alignas(16) uint64_t buffers[kSelectorWarps][32];  // of BestBlocks
-};
-
-// Scores [set][tile of the chunk][lane] of a warpgroup.
-template <int kDk>
-__device__ __forceinline__ float* ScoresOf(char* shared, int32_t warpgroup, int32_t slot) {
-  using S = Shape<kDk>;
-  return reinterpret_cast<float*>(shared + S::kScores +
-                                  (warpgroup * kScoreSlots + slot) * S::kScoreBytes);
-}
-
 template <class T, int kDk, int kPolynomials>
 class Consumer {
  public:
   using S = Shape<kDk>;
 
-  __device__ __forceinline__ Consumer(const RankArgs& args, Rings<kDk>& rings, char* shared)
-      : args_(args), rings_(rings), shared_(shared), shared_address_(SharedAddress(shared)) {}
+  __device__ __forceinline__ Consumer(const RankArgs& args, const WorkRing& works, uint32_t shared)
+      : args_(args),
+        works_(works),
+        shared_(shared),
+        key_barriers_(shared + S::kKeyBarriers),
+        score_barriers_(S::ScoreBarriers(shared, warpgroup_)) {}
 
   __device__ __forceinline__ void Run() {
-    rings_.works.barriers.WaitFull(place_);
-    Start(rings_.works.work[place_.slot]);
+    works_.Wait(place_);
+    Start(works_.At(place_));
     FinishQueries(warpgroup_);
-    while (rings_.works.work[place_.slot].kv_head >= 0) RunItem();
+    while (Uniform(works_.At(place_).kv_head) >= 0) RunItem();
+    CompletePending();
   }
 
  private:
+  // What is left to do for a block of rows and a tile: the sum over the rows of a warp's threads.
+  // It is done among the exponentials of the next one, which leave most issue slots free.
+  struct Pending {
+    float score[8];
+    float before;      // the row sum that goes to the right neighbour's first block
+    uint32_t address;  // of this lane's score; 0: nothing is pending
+    bool ends_chunk;
+    int32_t slot;
+  };
+
   __device__ __forceinline__ uint32_t Query(int block) const {
-    return shared_address_ + (2 * warpgroup_ + block) * S::kQueryBytes;
+    return shared_ + (2 * warpgroup_ + block) * S::kQueryBytes;
   }
   // Of 16 rows, among those of the warpgroup.
   __device__ __forceinline__ int32_t SetOf(int block) const { return 4 * block + warp_ % 4; }
@@ -180,7 +191,7 @@ class Consumer {
 
   // Queries of an item to shared memory, and of its statistics this thread's to registers.
   __device__ __forceinline__ void Start(const Work& work) {
-    if (work.num_tiles == 0) return;
+    if (Uniform(work.num_tiles) == 0) return;
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
       StartQueries<kDk>(args_.rows, work, 128 * warpgroup_ + 64 * block, Query(block));
@@ -188,43 +199,47 @@ class Consumer {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int32_t head = SetOf(block) % SetsPerQuery() * kRankWarpRows + lane_ / 4 + 8 * r;
-        // A row without a head, and one that sees nothing, has no probabilities.
-        float lse = INFINITY;
+        // A row without a head has no probabilities.
+        next_lse_[block][r] = INFINITY;
         if (query < work.num_queries && head < args_.rows.group_size) {
-          lse = args_.lse[(work.row + query) * args_.dims.num_q_heads +
-                          work.kv_head * args_.rows.group_size + head];
+          next_lse_[block][r] = args_.lse[(work.row + query) * args_.dims.num_q_heads +
+                                          work.kv_head * args_.rows.group_size + head];
         }
-        next_shift_[block][r] = lse == -INFINITY ? -INFINITY : -lse * kLog2E;
       }
     }
   }
 
   __device__ __forceinline__ void RunItem() {
-    const Work& work = rings_.works.work[place_.slot];
-    num_tiles_ = work.num_tiles;
-    num_full_tiles_ = work.num_full_tiles;
+    const Work& work = works_.At(place_);
+    num_tiles_ = Uniform(work.num_tiles);
+    num_full_tiles_ = Uniform(work.num_full_tiles);
     if (num_tiles_ == 0) {
+      // Selectors may wait for what is pending, and the producer for them.
+      CompletePending();
       StartNext();
     } else {
 #pragma unroll
       for (int block = 0; block < 2; ++block) {
-        shift_[block][0] = next_shift_[block][0];
-        shift_[block][1] = next_shift_[block][1];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          // A row that sees nothing has no probabilities either.
+          const float lse = next_lse_[block][r];
+          shift_[block][r] = lse == -INFINITY ? -INFINITY : -lse * kLog2E;
+        }
         last_[block] = 0.0f;
         // Columns of this thread that its rows see, from the first tile on.
         visible_[block] = NumVisible(args_.dims, work.position + QueryOf(block)) - 32 * (lane_ % 4);
       }
       RunTiles();
     }
-    __syncwarp();
-    if (lane_ == 0) rings_.works.barriers.Release(place_);
+    works_.Release(place_);
     place_.Advance();
     FinishQueries(warpgroup_);
   }
 
   __device__ __forceinline__ void RunTiles() {
     float s[2][64];
-    rings_.keys.WaitFull(keys_);
+    key_barriers_.WaitFull(keys_);
     Multiply(s[0], 0);
     Finish(s[0]);
     int32_t tile = 0;
@@ -234,7 +249,7 @@ class Consumer {
       Score(s[0], 0, tile, slot);
       Finish(s[1]);
       keys_.Advance();
-      rings_.keys.WaitFull(keys_);
+      key_barriers_.WaitFull(keys_);
       Multiply(s[0], 0);
       Score(s[1], 1, tile, slot);
       Finish(s[0]);
@@ -250,8 +265,8 @@ class Consumer {
 
   // s [64,128] = a block of rows of q * keys^T
   __device__ __forceinline__ void Multiply(float (&s)[64], int block) {
-    const uint64_t q = WgmmaDescriptor(Query(block));
-    const uint64_t keys = WgmmaDescriptor(shared_address_ + S::kKeys + keys_.slot * S::kKeyBytes);
+    const uint64_t q = WgmmaDescriptor(Uniform(Query(block)));
+    const uint64_t keys = WgmmaDescriptor(Uniform(shared_ + S::kKeys + keys_.slot * S::kKeyBytes));
     WgmmaFence();
 #pragma unroll
     for (int k = 0; k < kDk / 16; ++k) {
@@ -278,53 +293,85 @@ class Consumer {
         }
       }
     }
+    Pending next;
     // The row sum of the summary before a thread's first is with its left neighbour, that before a
     // tile with the last thread of the quad since the tile before.
     const float last_of_tile_before = last_[block];
-    float score[8];
-    SumRows<kPolynomials>(s, args_.scale_log2, shift_[block], score, last_[block]);
-    const float give = lane_ % 4 == 3 ? last_of_tile_before : last_[block];
-    const float before = __shfl_sync(kFullWarp, give, (lane_ & ~3) | ((lane_ + 3) & 3));
-    score[0] = __fadd_rn(score[0], before);
-    const float sum = SumOverThreads(score);
+    SumRows<kPolynomials>(s, args_.scale_log2, shift_[block], next.score, last_[block]);
+    next.before = lane_ % 4 == 3 ? last_of_tile_before : last_[block];
+    StorePending();
     // A condition that always holds: the assembler keeps barriers and waits in order, and so cannot
-    // move what leads to the sum behind the wait for the other block.
-    if (lane_ == 0 && sum != -1.0f) BarrierArrive(SharedAddress(&rings_.keys.empty[slot]));
+    // move exponentials behind the wait for the other block.
+    float all = next.score[0];
+#pragma unroll
+    for (int b = 1; b < 8; ++b) all += next.score[b];
+    if (lane_ == 0 && all != -1.0f) BarrierArrive(key_barriers_.Empty(slot));
+    TellPending();
 
-    const int32_t chunk_tile = tile % S::kChunkTiles;
-    if (block == 0 && chunk_tile == 0) rings_.scores[warpgroup_].WaitEmpty(scores_);
-    ScoresOf<kDk>(
-        shared_, warpgroup_,
-        scores_.slot)[(SetOf(block) * S::kChunkTiles + chunk_tile) * kTileBlocks + lane_] = sum;
-    if (block == 1 && (chunk_tile == S::kChunkTiles - 1 || tile == num_tiles_ - 1)) {
-      __syncwarp();
-      if (lane_ == 0) BarrierArrive(SharedAddress(&rings_.scores[warpgroup_].full[scores_.slot]));
-      scores_.Advance();
+    if (block == 0 && chunk_tile_ == 0) score_barriers_.WaitEmpty(scores_);
+    next.address = shared_ + S::ScoreOffset(warpgroup_, scores_.slot) +
+                   ((SetOf(block) * S::kChunkTiles + chunk_tile_) * kTileBlocks + lane_) * 4;
+    next.slot = scores_.slot;
+    next.ends_chunk = false;
+    if (block == 1) {
+      ++chunk_tile_;
+      next.ends_chunk = chunk_tile_ == S::kChunkTiles || tile == num_tiles_ - 1;
+      if (next.ends_chunk) {
+        chunk_tile_ = 0;
+        scores_.Advance();
+      }
     }
+    pending_ = next;
+  }
+
+  __device__ __forceinline__ void StorePending() {
+    const float before = __shfl_sync(kFullWarp, pending_.before, (lane_ & ~3) | ((lane_ + 3) & 3));
+    pending_.score[0] = __fadd_rn(pending_.score[0], before);
+    const float sum = SumOverThreads(pending_.score);
+    if (pending_.address != 0) StoreShared(pending_.address, sum);
+  }
+  __device__ __forceinline__ void TellPending() {
+    if (!pending_.ends_chunk) return;
+    __syncwarp();
+    if (lane_ == 0) BarrierArrive(score_barriers_.Full(pending_.slot));
+  }
+  __device__ __forceinline__ void CompletePending() {
+    StorePending();
+    TellPending();
+    pending_.address = 0;
+    pending_.ends_chunk = false;
   }
 
   __device__ __forceinline__ void StartNext() {
-    RingPlace<kWorkSlots> next = place_;
+    WorkRing::Place next = place_;
     next.Advance();
-    rings_.works.barriers.WaitFull(next);
+    works_.Wait(next);
     SyncWarpgroup(warpgroup_);
-    Start(rings_.works.work[next.slot]);
+    Start(works_.At(next));
   }
 
   const RankArgs& args_;
-  Rings<kDk>& rings_;
-  char* const shared_;
-  const uint32_t shared_address_;
+  const WorkRing& works_;
+  const uint32_t shared_;
   const int32_t warp_ = UniformWarp();
   const int32_t warpgroup_ = warp_ / 4;
   const int32_t lane_ = threadIdx.x % 32;
-  float shift_[2][2], next_shift_[2][2] = {};
+  const RingBarriers<S::kSlots> key_barriers_;
+  const RingBarriers<kScoreSlots> score_barriers_;
+  float shift_[2][2], next_lse_[2][2] = {};
   float last_[2];
   int32_t visible_[2];
   int32_t num_tiles_, num_full_tiles_;
-  RingPlace<kWorkSlots> place_;
+  int32_t chunk_tile_ = 0;  // of the current tile in its chunk
+  Pending pending_ = {};
+  WorkRing::Place place_;
   RingPlace<S::kSlots> keys_;
   RingPlace<kScoreSlots> scores_;
+};
+
+// Of BestBlocks.
+struct SelectorBuffers {
+  alignas(16) uint64_t block[kSelectorWarps][32];
 };
 
 // Ranks half of a warpgroup's queries.
@@ -333,17 +380,22 @@ class Selector {
  public:
   using S = Shape<kDk>;
 
-  __device__ __forceinline__ Selector(const RankArgs& args, Rings<kDk>& rings, char* shared)
-      : args_(args), rings_(rings), shared_(shared), buffer_(rings.buffers[selector_]) {}
+  // `data` is `shared` as a pointer.
+  __device__ __forceinline__ Selector(const RankArgs& args, const WorkRing& works,
+                                      SelectorBuffers& buffers, uint32_t shared, const char* data)
+      : args_(args),
+        works_(works),
+        buffer_(buffers.block[selector_]),
+        data_(data),
+        score_barriers_(S::ScoreBarriers(shared, warpgroup_)) {}
 
   __device__ __forceinline__ void Run() {
     for (;;) {
-      rings_.works.barriers.WaitFull(place_);
-      const Work& work = rings_.works.work[place_.slot];
+      works_.Wait(place_);
+      const Work& work = works_.At(place_);
       if (work.kv_head < 0) return;
       RunItem(work);
-      __syncwarp();
-      if (lane_ == 0) rings_.works.barriers.Release(place_);
+      works_.Release(place_);
       place_.Advance();
     }
   }
@@ -358,8 +410,9 @@ class Selector {
     const int32_t first_query = (kSetsPerWarpgroup * warpgroup_ + first_set) / sets_per_query;
     BestBlocks best[kMaxQueries];
     for (int32_t chunk = 0; chunk < work.num_tiles; chunk += S::kChunkTiles) {
-      rings_.scores[warpgroup_].WaitFull(scores_);
-      const float* const scores = ScoresOf<kDk>(shared_, warpgroup_, scores_.slot);
+      score_barriers_.WaitFull(scores_);
+      const auto* const scores =
+          reinterpret_cast<const float*>(data_ + S::ScoreOffset(warpgroup_, scores_.slot));
 #pragma unroll 1  // the code of one query is long enough
       for (int i = 0; i < kMaxQueries; ++i) {
         const int32_t query = first_query + i;
@@ -370,7 +423,7 @@ class Selector {
         best[i] = ranked;
       }
       __syncwarp();
-      if (lane_ == 0) rings_.scores[warpgroup_].Release(scores_);
+      if (lane_ == 0) BarrierArrive(score_barriers_.Empty(scores_.slot));
       scores_.Advance();
     }
 #pragma unroll 1
@@ -435,13 +488,14 @@ class Selector {
   }
 
   const RankArgs& args_;
-  Rings<kDk>& rings_;
-  char* const shared_;
+  const WorkRing& works_;
   const int32_t selector_ = UniformWarp() - kConsumerWarps;
-  uint64_t* const buffer_;
   const int32_t warpgroup_ = selector_ / kSelectorsPerWarpgroup;
   const int32_t lane_ = threadIdx.x % 32;
-  RingPlace<kWorkSlots> place_;
+  uint64_t* const buffer_;
+  const char* const data_;
+  const RingBarriers<kScoreSlots> score_barriers_;
+  WorkRing::Place place_;
   RingPlace<kScoreSlots> scores_;
 };
 
@@ -459,21 +513,23 @@ __device__ __forceinline__ Work TakeRankWork(const RankArgs& args) {
 }
 
 template <int kDk>
-__device__ __forceinline__ void Produce(const RankArgs& args, Rings<kDk>& rings, uint32_t shared) {
+__device__ __forceinline__ void Produce(const RankArgs& args, const WorkRing& works,
+                                        uint32_t shared) {
   using S = Shape<kDk>;
-  RingPlace<kWorkSlots> place;
+  const RingBarriers<S::kSlots> key_barriers(shared + S::kKeyBarriers);
+  WorkRing::Place place;
   RingPlace<S::kSlots> keys;
   Work next = TakeRankWork(args);
-  rings.works.Tell(place, next);
+  works.Tell(place, next);
   while (next.kv_head >= 0) {
     const Work work = next;
     next = TakeRankWork(args);
-    rings.works.Tell(place, next);
+    works.Tell(place, next);
     if (threadIdx.x % 32 != 0) continue;
     const char* tile = args.keys + (work.kv_head * args.num_tiles + work.first_tile) * S::kKeyBytes;
     for (int32_t i = 0; i < work.num_tiles; ++i) {
-      rings.keys.WaitEmpty(keys);
-      rings.keys.Fill(keys, shared + S::kKeys + keys.slot * S::kKeyBytes, tile, S::kKeyBytes);
+      key_barriers.WaitEmpty(keys);
+      key_barriers.Fill(keys, shared + S::kKeys + keys.slot * S::kKeyBytes, tile, S::kKeyBytes);
       keys.Advance();
       tile += S::kKeyBytes;
     }
@@ -483,28 +539,33 @@ __device__ __forceinline__ void Produce(const RankArgs& args, Rings<kDk>& rings,
 template <class T, int kDk, int kPolynomials>
 __global__ void __launch_bounds__(kThreads, 1)
     RankBlocksKernel(const __grid_constant__ RankArgs args) {
+  using S = Shape<kDk>;
   extern __shared__ char dynamic[];
-  __shared__ Rings<kDk> rings;
-  char* const shared = dynamic + (1024 - SharedAddress(dynamic) % 1024) % 1024;
-  const int32_t warp = UniformWarp();
+  __shared__ WorkSlots work_slots;
+  __shared__ SelectorBuffers buffers;
+  const uint32_t padding = (1024 - SharedAddress(dynamic) % 1024) % 1024;
+  const uint32_t shared = Uniform(SharedAddress(dynamic) + padding);
+  const WorkRing works(work_slots);
   if (threadIdx.x == 0) {
-    rings.works.barriers.Init(1, kConsumerWarps + kSelectorWarps);
-    rings.keys.Init(1, 2 * kConsumerWarps);  // once for each block of rows
-    for (int i = 0; i < kWarpgroups; ++i) rings.scores[i].Init(4, kSelectorsPerWarpgroup);
+    works.Init(kConsumerWarps + kSelectorWarps);
+    // Once for each block of rows.
+    RingBarriers<S::kSlots>(shared + S::kKeyBarriers).Init(1, 2 * kConsumerWarps);
+    for (int i = 0; i < kWarpgroups; ++i) {
+      S::ScoreBarriers(shared, i).Init(4, kSelectorsPerWarpgroup);
+    }
     BarrierInitFence();
   }
   __syncthreads();
+  const int32_t warp = UniformWarp();
   if (warp < kConsumerWarps) {
     RaiseRegisters<kConsumerRegisters>();
-    Consumer<T, kDk, kPolynomials>(args, rings, shared).Run();
+    Consumer<T, kDk, kPolynomials>(args, works, shared).Run();
   } else if (warp < kConsumerWarps + kSelectorWarps) {
     LowerRegisters<kSelectorRegisters>();
-    Selector<kDk>(args, rings, shared).Run();
+    Selector<kDk>(args, works, buffers, shared, dynamic + padding).Run();
   } else {
     LowerRegisters<kProducerRegisters>();
-    if (warp == kConsumerWarps + kSelectorWarps) {
-      Produce<kDk>(args, rings, SharedAddress(shared));
-    }
+    if (warp == kConsumerWarps + kSelectorWarps) Produce<kDk>(args, works, shared);
   }
 }
 

@@ -76,6 +76,21 @@ __device__ inline Work TakeWork(const WorkList& list) {
   return work;
 }
 
+// A value that is the same in all lanes, such that the compiler knows it: what is computed from it
+// then takes the scalar unit, which is where wgmma wants its descriptors. All lanes of a warp.
+__device__ __forceinline__ int32_t Uniform(int32_t value) {
+  return __shfl_sync(kFullWarp, value, 0);
+}
+
+// This warp in its block.
+__device__ __forceinline__ int32_t UniformWarp() {
+  return Uniform(static_cast<int32_t>(threadIdx.x / 32));
+}
+
+__device__ __forceinline__ void StoreShared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
 // A place in a ring of `kSlots` slots and the parity of its current round.
 template <int kSlots>
 struct RingPlace {
@@ -90,54 +105,88 @@ struct RingPlace {
   }
 };
 
-// Barriers of a ring: full[i] when slot i can be read, empty[i] when it can be written.
+// Barriers of a ring: full when a slot can be read, empty when it can be written.
 template <int kSlots>
-struct RingBarriers {
-  uint64_t full[kSlots];
-  uint64_t empty[kSlots];
+class RingBarriers {
+ public:
+  static constexpr int kBytes = 2 * kSlots * 8;
 
-  __device__ void Init(uint32_t num_writers, uint32_t num_readers) {
+  // `address` of kBytes of shared memory.
+  __device__ __forceinline__ explicit RingBarriers(uint32_t address) : address_(address) {}
+
+  // One thread of the block.
+  __device__ void Init(uint32_t num_writers, uint32_t num_readers) const {
     for (int i = 0; i < kSlots; ++i) {
-      BarrierInit(SharedAddress(&full[i]), num_writers);
-      BarrierInit(SharedAddress(&empty[i]), num_readers);
+      BarrierInit(Full(i), num_writers);
+      BarrierInit(Empty(i), num_readers);
     }
   }
+  __device__ __forceinline__ uint32_t Full(int32_t slot) const { return address_ + 8 * slot; }
+  __device__ __forceinline__ uint32_t Empty(int32_t slot) const {
+    return address_ + 8 * (kSlots + slot);
+  }
   // Reader: waits until the slot is full. Writer: until it has been read; the first round is free.
-  __device__ __forceinline__ void WaitFull(const RingPlace<kSlots>& place) {
-    BarrierWait(SharedAddress(&full[place.slot]), place.parity);
+  __device__ __forceinline__ void WaitFull(const RingPlace<kSlots>& place) const {
+    BarrierWait(Full(place.slot), place.parity);
   }
-  __device__ __forceinline__ void WaitEmpty(const RingPlace<kSlots>& place) {
-    BarrierWait(SharedAddress(&empty[place.slot]), place.parity ^ 1);
-  }
-  __device__ __forceinline__ void Release(const RingPlace<kSlots>& place) {
-    BarrierArrive(SharedAddress(&empty[place.slot]));
+  __device__ __forceinline__ void WaitEmpty(const RingPlace<kSlots>& place) const {
+    BarrierWait(Empty(place.slot), place.parity ^ 1);
   }
   // Starts to fill a slot that is empty; one thread.
   __device__ __forceinline__ void Fill(const RingPlace<kSlots>& place, uint32_t to,
-                                       const char* from, uint32_t num_bytes) {
-    const uint32_t barrier = SharedAddress(&full[place.slot]);
-    BarrierArriveExpectBytes(barrier, num_bytes);
-    BulkCopy(to, from, num_bytes, barrier);
+                                       const char* from, uint32_t num_bytes) const {
+    BarrierArriveExpectBytes(Full(place.slot), num_bytes);
+    BulkCopy(to, from, num_bytes, Full(place.slot));
   }
+
+ private:
+  uint32_t address_;
 };
 
 // Consumers may still be on one item while the producer fills tiles of the next one and has told of
 // the one after.
 constexpr int kWorkSlots = 4;
 
-struct WorkRing {
+// In shared memory.
+struct WorkSlots {
   Work work[kWorkSlots];
-  RingBarriers<kWorkSlots> barriers;
+  uint64_t barriers[RingBarriers<kWorkSlots>::kBytes / 8];
+};
+
+// What the warps of a block are told to work on.
+class WorkRing {
+ public:
+  using Place = RingPlace<kWorkSlots>;
+
+  __device__ __forceinline__ explicit WorkRing(WorkSlots& slots)
+      : slots_(slots), barriers_(SharedAddress(slots.barriers)) {}
+
+  // One thread of the block; as many warps release each item.
+  __device__ __forceinline__ void Init(uint32_t num_warps) const { barriers_.Init(1, num_warps); }
 
   // All lanes of the producer.
-  __device__ __forceinline__ void Tell(RingPlace<kWorkSlots>& place, const Work& item) {
-    barriers.WaitEmpty(place);
+  __device__ __forceinline__ void Tell(Place& place, const Work& item) const {
+    barriers_.WaitEmpty(place);
     if (threadIdx.x % 32 == 0) {
-      work[place.slot] = item;
-      BarrierArrive(SharedAddress(&barriers.full[place.slot]));
+      slots_.work[place.slot] = item;
+      BarrierArrive(barriers_.Full(place.slot));
     }
     place.Advance();
   }
+  __device__ __forceinline__ void Wait(const Place& place) const { barriers_.WaitFull(place); }
+  // After Wait and before Release.
+  __device__ __forceinline__ const Work& At(const Place& place) const {
+    return slots_.work[place.slot];
+  }
+  // All lanes of a warp.
+  __device__ __forceinline__ void Release(const Place& place) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) BarrierArrive(barriers_.Empty(place.slot));
+  }
+
+ private:
+  WorkSlots& slots_;
+  const RingBarriers<kWorkSlots> barriers_;
 };
 
 // Rows of q as an operand of wgmma.
@@ -177,11 +226,6 @@ __device__ __forceinline__ void StartQueries(const QueryRows& rows, const Work& 
       CopyAsync16(place + panel * 8192, from + offset + panel * 128, present);
     }
   }
-}
-
-// This warp in its block, such that the compiler knows it to be the same in all lanes.
-__device__ __forceinline__ int32_t UniformWarp() {
-  return __shfl_sync(kFullWarp, static_cast<int32_t>(threadIdx.x / 32), 0);
 }
 
 // Of the four warps of a warpgroup.
