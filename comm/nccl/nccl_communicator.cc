@@ -1,22 +1,17 @@
 #include "comm/nccl/nccl_communicator.h"
 
 #include <algorithm>
-#include <atomic>
-#include <iterator>
 #include <map>
-#include <optional>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
-#include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "comm/checks.h"
 #include "comm/errors.h"
 #include "comm/inbox.h"
+#include "comm/nccl/collectives.h"
 #include "comm/nccl/exchange_check.h"
 #include "comm/nccl/group_health.h"
 #include "comm/nccl/nccl_handle.h"
@@ -24,23 +19,13 @@
 #include "comm/nccl/operation_log.h"
 #include "comm/nccl/peer_memory.h"
 #include "comm/nccl/signals.h"
+#include "comm/nccl/watchdog.h"
 #include "comm/nccl/window_kernels.h"
 #include "comm/wire.h"
 
 namespace nsa::comm {
 namespace nccl {
 namespace {
-
-// How often the watchdog looks.
-constexpr absl::Duration kPollTime = absl::Milliseconds(1);
-constexpr absl::Duration kAsyncErrorTime = absl::Milliseconds(20);
-// By how much a kernel's own deadline, which can name the ranks it waits for, comes before the
-// host's.
-constexpr absl::Duration kSlack = absl::Seconds(1);
-// How long the control plane may take to name the rank behind an error of NCCL's, and how long what
-// a rank did before it left in good order may take to finish.
-constexpr absl::Duration kNewsTime = absl::Milliseconds(500);
-constexpr absl::Duration kLeaveTime = absl::Seconds(1);
 
 class Impl final : public Communicator {
  public:
@@ -49,7 +34,8 @@ class Impl final : public Communicator {
         bootstrap_(std::move(bootstrap)),
         rank_(bootstrap_->rank()),
         size_(bootstrap_->size()),
-        health_(rank_, size_, options.timeout) {}
+        health_(rank_, size_, options.timeout),
+        watchdog_(new Watchdog(rank_, size_, options.timeout, &health_, &operations_)) {}
   ~Impl() override;
 
   absl::Status Start();
@@ -74,14 +60,6 @@ class Impl final : public Communicator {
   // True where all ranks say so.
   absl::StatusOr<bool> AllAgree(CallKind kind, bool mine);
 
-  // Enqueues what `enqueue` does to NCCL, between the meeting of the ranks and the deadline.
-  absl::Status Collective(WaitingCall call, cudaStream_t stream,
-                          absl::FunctionRef<ncclResult_t(ncclComm_t)> enqueue);
-  absl::Status EnqueueAllGather(WaitingCall call, void* buffer, absl::Span<const GatherRun> runs,
-                                cudaStream_t stream);
-  absl::Status EnqueueExchange(absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
-                               cudaStream_t stream);
-
   absl::StatusOr<std::unique_ptr<Window>> CreatePeerWindow(std::vector<int64_t> window_bytes);
   absl::StatusOr<std::unique_ptr<Window>> CreateMirroredWindow(std::vector<int64_t> window_bytes);
   // The first error of the ranks' attempts at `num_bytes`, the same kind on all of them.
@@ -90,8 +68,6 @@ class Impl final : public Communicator {
   void FreeRetired(absl::Span<const std::vector<int64_t>> retired);
 
   void OnPeerEvent(const PeerEvent& event);
-  void Watch();
-  void WatchOnce();
   bool load_store() const { return board_ != nullptr; }
 
   const NcclOptions options_;
@@ -105,24 +81,16 @@ class Impl final : public Communicator {
 
   // Null for a group of one. Windows have a communicator of their own, because an abort unmaps them
   // while kernels may still be reading.
-  std::unique_ptr<NcclHandle> collectives_;
+  std::unique_ptr<NcclHandle> nccl_;
   std::unique_ptr<NcclHandle> windows_;
   std::unique_ptr<PeerBuffer> board_;  // ArrivalSignals; null without load/store
-  PeerMemory arrivals_ = {};
   OperationLog operations_;
+  std::unique_ptr<Collectives> collectives_;
 
   int64_t num_windows_ = 0;                                 // ever made
   std::map<int64_t, std::unique_ptr<PeerBuffer>> retired_;  // by id; see PeerBuffer::Deregister
 
-  std::atomic<int64_t> left_at_{0};  // in nanoseconds, when the first rank left
-  std::atomic<int> left_rank_{-1};
-  absl::Mutex watch_mu_;
-  bool stop_ ABSL_GUARDED_BY(watch_mu_) = false;
-  bool look_ ABSL_GUARDED_BY(watch_mu_) = false;
-  bool aborted_ = false;  // of the watchdog alone, as is all below
-  absl::Time next_async_check_;
-  absl::Time async_error_at_ = absl::InfiniteFuture();
-  std::thread watchdog_;
+  std::unique_ptr<Watchdog> watchdog_;
 };
 
 absl::Status Impl::Start() {
@@ -132,7 +100,7 @@ absl::Status Impl::Start() {
     NSA_NCCL_CUDA_OK(cudaGetDevice(&device_));
   }
   if (options_.adopt != nullptr) {
-    collectives_ = NcclHandle::Adopt(options_.adopt, rank_, &health_);
+    nccl_ = NcclHandle::Adopt(options_.adopt, rank_, &health_);
   }
   bootstrap_->SetPeerHandler([this](const PeerEvent& event) { OnPeerEvent(event); });
   absl::Status status = Connect();
@@ -157,7 +125,7 @@ absl::Status Impl::Connect() {
       &health_,
       stream_.get(),
       [this](void* buffer, absl::Span<const GatherRun> runs, cudaStream_t on) {
-        return EnqueueAllGather(WaitingCall::kPublish, buffer, runs, on);
+        return collectives_->AllGather(WaitingCall::kPublish, buffer, runs, on);
       },
       [this](int64_t id, std::unique_ptr<PeerBuffer> buffer) { retired_[id] = std::move(buffer); }};
 
@@ -176,11 +144,11 @@ absl::Status Impl::Connect() {
     WireReader reader((*all)[0]);
     const std::string collectives_id = reader.GetString();
     const std::string windows_id = reader.GetString();
-    if (collectives_ == nullptr) {
+    if (nccl_ == nullptr) {
       auto made =
           NcclHandle::Create(collectives_id, rank_, size_, options_.connect_timeout, &health_);
       if (!made.ok()) return made.status();
-      collectives_ = *std::move(made);
+      nccl_ = *std::move(made);
     }
     if (options_.use_windows) {
       auto made = NcclHandle::Create(windows_id, rank_, size_, options_.connect_timeout, &health_);
@@ -194,17 +162,16 @@ absl::Status Impl::Connect() {
       if (!status.ok()) return status;
     }
   }
-  watchdog_ = std::thread([this] { Watch(); });
+  collectives_ = std::make_unique<Collectives>(rank_, size_, options_.timeout, &health_,
+                                               &operations_, nccl_.get());
+  watchdog_->Start(device_, nccl_.get());
   absl::StatusOr<bool> reachable =
       AllAgree(CallKind::kBarrier, board_ != nullptr && board_->reachable());
   if (!reachable.ok()) return reachable.status();
   if (*reachable) {
-    arrivals_ = {board_->bases(),
-                 0,
-                 rank_,
-                 size_,
-                 health_.device_board(),
-                 static_cast<uint64_t>(absl::ToInt64Nanoseconds(options_.timeout))};
+    collectives_->MeetBy({board_->bases(), 0, rank_, size_, health_.device_board(),
+                          static_cast<uint64_t>(absl::ToInt64Nanoseconds(options_.timeout))});
+    watchdog_->SetLimit(options_.timeout + kSlack);
   } else if (board_ != nullptr) {
     board_->Deregister(*windows_);
     board_ = nullptr;
@@ -215,7 +182,7 @@ absl::Status Impl::Connect() {
 Impl::~Impl() {
   const ScopedDevice device(device_);
   // Operations end, or the watchdog's deadlines break the communicator.
-  while (watchdog_.joinable() && !health_.broken()) {
+  while (!health_.broken()) {
     const absl::StatusOr<int> running = operations_.Poll();
     if (!running.ok() || *running == 0) break;
     absl::SleepFor(absl::Microseconds(50));
@@ -223,14 +190,8 @@ Impl::~Impl() {
   const absl::Status status = health_.Check();
   bootstrap_->SetPeerHandler(nullptr);
   bootstrap_->Leave(status);
-  if (watchdog_.joinable()) {
-    {
-      absl::MutexLock lock(&watch_mu_);
-      stop_ = true;
-    }
-    watchdog_.join();
-  }
-  collectives_ = nullptr;
+  watchdog_ = nullptr;
+  nccl_ = nullptr;
   if (windows_ == nullptr) return;
   if (stream_ != nullptr) (void)cudaStreamSynchronize(stream_.get());
   if (board_ != nullptr) retired_[-1] = std::move(board_);
@@ -240,84 +201,16 @@ Impl::~Impl() {
 void Impl::Abort(absl::string_view reason) {
   health_.Break(AbortedBy(rank_, reason)).IgnoreError();
   bootstrap_->Abort(reason);
-  absl::MutexLock lock(&watch_mu_);
-  look_ = true;
+  watchdog_->Wake();
 }
 
 void Impl::OnPeerEvent(const PeerEvent& event) {
   if (event.kind == PeerEvent::Kind::kLeft) {
-    int nobody = -1;
-    if (left_rank_.compare_exchange_strong(nobody, event.rank)) {
-      left_at_.store(absl::GetCurrentTimeNanos());
-    }
     health_.MarkLeft(event.rank);
+    watchdog_->OnLeft(event.rank);
   } else {
     health_.Break(event.error).IgnoreError();
-  }
-  absl::MutexLock lock(&watch_mu_);
-  look_ = true;
-}
-
-// The watchdog.
-
-void Impl::Watch() {
-  (void)cudaSetDevice(device_);
-  // Asking events must not spoil what another thread captures.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
-  next_async_check_ = absl::Now();
-  while (true) {
-    WatchOnce();
-    absl::MutexLock lock(&watch_mu_);
-    watch_mu_.AwaitWithTimeout(absl::Condition(
-                                   +[](Impl* self) ABSL_EXCLUSIVE_LOCKS_REQUIRED(self->watch_mu_) {
-                                     return self->stop_ || self->look_;
-                                   },
-                                   this),
-                               kPollTime);
-    look_ = false;
-    if (stop_) break;
-  }
-  WatchOnce();
-}
-
-void Impl::WatchOnce() {
-  absl::Status status = health_.Check();
-  const absl::Time now = absl::Now();
-  if (status.ok()) {
-    const absl::StatusOr<int> running = operations_.Poll();
-    if (!running.ok()) status = health_.Break(running.status());
-  }
-  if (status.ok() && collectives_ != nullptr && now >= next_async_check_) {
-    next_async_check_ = now + kAsyncErrorTime;
-    const absl::Status error = collectives_->AsyncError();
-    if (!error.ok()) {
-      // Most often a rank died, and the control plane is about to say which.
-      async_error_at_ = std::min(async_error_at_, now);
-      if (now - async_error_at_ >= kNewsTime) status = health_.Break(error);
-    }
-  }
-  if (status.ok()) {
-    if (std::optional<OperationLog::Late> oldest = operations_.Oldest(); oldest.has_value()) {
-      const absl::Duration limit =
-          options_.timeout + (load_store() ? kSlack : absl::ZeroDuration());
-      const int left = left_rank_.load();
-      const absl::Time left_at = absl::FromUnixNanos(left_at_.load());
-      if (left >= 0 && std::min(oldest->running, now - left_at) >= kLeaveTime) {
-        status = health_.Break(PeerLeft(WaitingCallName(oldest->call), rank_, left));
-      } else if (oldest->running >= limit) {
-        std::vector<int> others;
-        for (int peer = 0; peer < size_; ++peer) {
-          if (peer != rank_) others.push_back(peer);
-        }
-        status = health_.Break(
-            WaitTimedOut(WaitingCallName(oldest->call), rank_, others, options_.timeout));
-      }
-    }
-  }
-  if (!status.ok() && !aborted_) {
-    aborted_ = true;
-    if (collectives_ != nullptr) collectives_->Abort();
+    watchdog_->Wake();
   }
 }
 
@@ -352,101 +245,12 @@ absl::StatusOr<bool> Impl::AllAgree(CallKind kind, bool mine) {
 
 // Calls on streams.
 
-absl::Status Impl::Collective(WaitingCall call, cudaStream_t stream,
-                              absl::FunctionRef<ncclResult_t(ncclComm_t)> enqueue) {
-  absl::Status status = operations_.Begin(call, stream);
-  if (!status.ok()) return health_.Break(std::move(status));
-  if (load_store()) {
-    if (cudaError_t e = LaunchArrive(arrivals_, call, stream); e != cudaSuccess) {
-      return health_.Break(CudaStatus(e, "Arrive"));
-    }
-  }
-  status = collectives_->Run(WaitingCallName(call), options_.timeout + kSlack, enqueue);
-  if (!status.ok()) {
-    // The rank behind it may be about to be named.
-    if (absl::IsUnavailable(status)) {
-      for (const absl::Time until = absl::Now() + kNewsTime;
-           !health_.broken() && absl::Now() < until;) {
-        absl::SleepFor(absl::Milliseconds(1));
-      }
-    }
-    return health_.Break(std::move(status));
-  }
-  status = operations_.End(stream);
-  return status.ok() ? status : health_.Break(std::move(status));
-}
-
-absl::Status Impl::EnqueueAllGather(WaitingCall call, void* buffer,
-                                    absl::Span<const GatherRun> runs, cudaStream_t stream) {
-  const std::vector<GatherRun> merged = MergeRuns(runs);
-  if (size_ == 1 || merged.empty()) return absl::OkStatus();
-  char* const bytes = static_cast<char*>(buffer);
-
-  bool by_rank = static_cast<int>(merged.size()) == size_;
-  for (int r = 0; by_rank && r < size_; ++r) {
-    by_rank = merged[r].rank == r && merged[r].num_bytes == merged[0].num_bytes &&
-              merged[r].offset_bytes == merged[0].offset_bytes + r * merged[0].num_bytes;
-  }
-  return Collective(call, stream, [&](ncclComm_t comm) {
-    if (by_rank) {
-      return ncclAllGather(bytes + merged[rank_].offset_bytes, bytes + merged[0].offset_bytes,
-                           merged[0].num_bytes, ncclInt8, comm, stream);
-    }
-    ncclResult_t result = ncclGroupStart();
-    for (int step = 1; step < size_; ++step) {
-      const int to = (rank_ + step) % size_;
-      const int from = (rank_ + size_ - step) % size_;
-      for (const GatherRun& run : merged) {
-        char* const data = bytes + run.offset_bytes;
-        if (result == ncclSuccess && run.rank == rank_) {
-          result = ncclSend(data, run.num_bytes, ncclInt8, to, comm, stream);
-        }
-        if (result == ncclSuccess && run.rank == from) {
-          result = ncclRecv(data, run.num_bytes, ncclInt8, from, comm, stream);
-        }
-      }
-    }
-    const ncclResult_t end = ncclGroupEnd();
-    return result == ncclSuccess ? end : result;
-  });
-}
-
 absl::Status Impl::AllGather(void* buffer, absl::Span<const GatherRun> runs, void* stream) {
   if (absl::Status s = health_.Check(); !s.ok()) return s;
   if (absl::Status s = CheckAllGather(buffer, runs, size_); !s.ok()) return s;
   const ScopedDevice device(device_);
-  return EnqueueAllGather(WaitingCall::kAllGather, buffer, runs, static_cast<cudaStream_t>(stream));
-}
-
-absl::Status Impl::EnqueueExchange(absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
-                                   cudaStream_t stream) {
-  std::vector<SendOp> own;
-  for (const SendOp& send : sends) {
-    if (send.peer == rank_) own.push_back(send);
-  }
-  size_t next_own = 0;
-  for (const RecvOp& recv : recvs) {
-    if (recv.peer != rank_) continue;
-    const SendOp& send = own[next_own++];
-    if (recv.num_bytes == 0) continue;
-    const cudaError_t e =
-        cudaMemcpyAsync(recv.data, send.data, recv.num_bytes, cudaMemcpyDeviceToDevice, stream);
-    if (e != cudaSuccess) return health_.Break(CudaStatus(e, "cudaMemcpyAsync"));
-  }
-  if (size_ == 1) return absl::OkStatus();
-  return Collective(WaitingCall::kExchange, stream, [&](ncclComm_t comm) {
-    ncclResult_t result = ncclGroupStart();
-    for (const SendOp& send : sends) {
-      if (result != ncclSuccess || send.peer == rank_ || send.num_bytes == 0) continue;
-      result = ncclSend(send.data, send.num_bytes, ncclInt8, send.peer, comm, stream);
-    }
-    for (const RecvOp& recv : recvs) {
-      if (result != ncclSuccess || recv.peer == rank_ || recv.num_bytes == 0) continue;
-      result = ncclRecv(recv.data, recv.num_bytes, ncclInt8, recv.peer, comm, stream);
-    }
-    const ncclResult_t end = ncclGroupEnd();
-    return result == ncclSuccess ? end : result;
-  });
+  return collectives_->AllGather(WaitingCall::kAllGather, buffer, runs,
+                                 static_cast<cudaStream_t>(stream));
 }
 
 absl::Status Impl::Exchange(absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
@@ -455,14 +259,14 @@ absl::Status Impl::Exchange(absl::Span<const SendOp> sends, absl::Span<const Rec
   if (absl::Status s = CheckExchange(sends, recvs, rank_, size_); !s.ok()) return s;
   const ScopedDevice device(device_);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (!options_.check_exchange || size_ == 1) return EnqueueExchange(sends, recvs, on);
+  if (!options_.check_exchange || size_ == 1) return collectives_->Exchange(sends, recvs, on);
 
   absl::StatusOr<std::vector<std::string>> plans =
       GatherBlobs(CallKind::kExchange, EncodePlan(sends, recvs));
   if (!plans.ok()) return plans.status();
   const MatchedExchange matched = MatchExchange(sends, recvs, rank_, *plans);
   // What matches is moved: its other end moves it too.
-  if (absl::Status s = EnqueueExchange(matched.sends, matched.recvs, on); !s.ok()) return s;
+  if (absl::Status s = collectives_->Exchange(matched.sends, matched.recvs, on); !s.ok()) return s;
   return matched.mismatch;
 }
 

@@ -30,7 +30,7 @@ struct NcclOptions {
   bool use_windows = true;
 
   // The kernel of Gather: CTAs, and reads under way in each, at 8 KiB of shared memory a read.
-  int gather_ctas = 32;
+  int gather_ctas = 16;
   int gather_warps = 8;
 
   // Compare the sizes of what is sent and received in Exchange on the host first. False: that sizes
@@ -52,8 +52,9 @@ class NcclCommunicator {
   // Collective. Windows are DeviceWindows.
   //
   // What is found later than the call that caused it (a peer that does not come, a rank that dies)
-  // ends the kernels in flight; HealthCheck and every later call return it. Without load/store, or
-  // in a captured graph, a deadline passes on the host: see DESIGN.md.
+  // ends the kernels in flight; HealthCheck and every later call return it. Where ranks load and
+  // store each other's memory, kernels keep the deadlines and name the late ranks, in replays of
+  // graphs too. Elsewhere the host does, names all other ranks, and does not see into graphs.
   //
   // The end waits, up to `timeout`, for what this rank has enqueued. Graphs must have run to their
   // end, and must be destroyed before, because NCCL waits for them.
