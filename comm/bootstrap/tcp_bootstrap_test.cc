@@ -16,6 +16,7 @@
 #include "comm/bootstrap/rendezvous.h"
 #include "comm/bootstrap/socket.h"
 #include "comm/conformance/launch.h"
+#include "comm/errors.h"
 #include "comm/wire.h"
 #include "gtest/gtest.h"
 
