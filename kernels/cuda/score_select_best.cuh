@@ -61,25 +61,43 @@ class BestBlocks {
   }
 
   // Writes the chosen blocks in ascending order, the forced ones included. `num_candidates` ends
-  // with the query's own block; num_free is the number of places.
+  // with the query's own block; num_free is the number of places. All lanes; `buffer` as above, and
+  // nullable where no place is free or all candidates are taken.
   __device__ __forceinline__ void Store(const AttentionDims& dims, int32_t num_candidates,
-                                        int32_t num_free, int32_t* to) const {
+                                        int32_t num_free, uint64_t* buffer, int32_t* to) const {
     const int32_t lane = threadIdx.x % 32;
     const int32_t num_selected = dims.num_selected_blocks;
+    const int32_t num_initial = dims.num_initial_blocks;
     if (num_candidates <= num_selected) {
       for (int32_t i = lane; i < num_selected; i += 32) to[i] = i < num_candidates ? i : -1;
       return;
     }
-    for (int32_t i = lane; i < dims.num_initial_blocks; i += 32) to[i] = i;
-    for (int32_t i = lane; i < dims.num_local_blocks; i += 32) {
-      to[dims.num_initial_blocks + num_free + i] = num_candidates - dims.num_local_blocks + i;
-    }
-    const auto block = static_cast<int32_t>(~best_.block);
+    auto* const blocks = reinterpret_cast<uint32_t*>(buffer);
+    const uint32_t block = lane < num_free ? ~best_.block : ~0u;
+    if (num_free > 0) blocks[lane] = block;
+    __syncwarp();
     int32_t rank = 0;
-    for (int32_t i = 0; i < num_free; ++i) {
-      rank += __shfl_sync(kFullWarp, block, i) < block ? 1 : 0;
+#pragma unroll 1
+    for (int32_t i = 0; i < num_free; i += 4) {
+      const uint4 others = *reinterpret_cast<const uint4*>(blocks + i);
+      rank += (others.x < block ? 1 : 0) + (others.y < block ? 1 : 0) + (others.z < block ? 1 : 0) +
+              (others.w < block ? 1 : 0);
     }
-    if (lane < num_free) to[dims.num_initial_blocks + rank] = block;
+    __syncwarp();
+    if (lane < num_free) blocks[rank] = block;
+    __syncwarp();
+    for (int32_t i = lane; i < num_selected; i += 32) {
+      const int32_t place = i - num_initial;
+      // The local blocks end with the query's own.
+      int32_t chosen = num_candidates - num_selected + i;
+      if (place < 0) {
+        chosen = i;
+      } else if (place < num_free) {
+        chosen = static_cast<int32_t>(blocks[place]);
+      }
+      to[i] = chosen;
+    }
+    __syncwarp();
   }
 
  private:
@@ -100,22 +118,32 @@ class BestBlocks {
                                         uint64_t* buffer) {
     const int32_t lane = threadIdx.x % 32;
     const uint64_t old_key = lane < num_places ? best_.Key() : 0, new_key = added.Key();
-    buffer[lane] = new_key;
-    __syncwarp();
     int32_t old_place = lane, new_place = 0;
-#pragma unroll 8
-    for (int32_t i = 0; i < 32; i += 2) {
-      const ulonglong2 keys = *reinterpret_cast<const ulonglong2*>(buffer + i);
-      old_place += (keys.x > old_key ? 1 : 0) + (keys.y > old_key ? 1 : 0);
-      new_place += (keys.x > new_key ? 1 : 0) + (keys.y > new_key ? 1 : 0);
-    }
-    __syncwarp();
-    buffer[lane] = old_key;
-    __syncwarp();
+    if (__shfl_sync(kFullWarp, best_.score, 0) != 0) {
+      buffer[lane] = old_key;
+      __syncwarp();
 #pragma unroll 1
-    for (int32_t i = 0; i < num_places; i += 2) {
-      const ulonglong2 keys = *reinterpret_cast<const ulonglong2*>(buffer + i);
-      new_place += (keys.x > new_key ? 1 : 0) + (keys.y > new_key ? 1 : 0);
+      for (int32_t i = 0; i < num_places; i += 2) {
+        const ulonglong2 keys = *reinterpret_cast<const ulonglong2*>(buffer + i);
+        new_place += (keys.x > new_key ? 1 : 0) + (keys.y > new_key ? 1 : 0);
+      }
+      __syncwarp();
+      buffer[lane] = new_key;
+      __syncwarp();
+#pragma unroll 4
+      for (int32_t i = 0; i < 32; i += 2) {
+        const ulonglong2 keys = *reinterpret_cast<const ulonglong2*>(buffer + i);
+        old_place += (keys.x > old_key ? 1 : 0) + (keys.y > old_key ? 1 : 0);
+        new_place += (keys.x > new_key ? 1 : 0) + (keys.y > new_key ? 1 : 0);
+      }
+    } else {
+      buffer[lane] = new_key;
+      __syncwarp();
+#pragma unroll 8
+      for (int32_t i = 0; i < 32; i += 2) {
+        const ulonglong2 keys = *reinterpret_cast<const ulonglong2*>(buffer + i);
+        new_place += (keys.x > new_key ? 1 : 0) + (keys.y > new_key ? 1 : 0);
+      }
     }
     __syncwarp();
     buffer[lane] = 0;

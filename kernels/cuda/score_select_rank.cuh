@@ -1,6 +1,6 @@
 // Importance of select blocks and top-n on tensor cores, for l / d = 2 and l' / d = 4.
 //
-// Grid: one CTA of 2 consumer warpgroups, 4 selector warps and a producer for each SM. An item is
+// Grid: one CTA of 2 consumer warpgroups, 7 selector warps and a producer for each SM. An item is
 // 256 rows of up to 16 queries in a row. 16 rows are of one query: 16 heads, or fewer and rows of
 // zeros; with more than 16 heads, 2 or 4 neighbouring sets of 16 rows are of one query.
 //
@@ -38,13 +38,11 @@ namespace rank {
 
 constexpr int kWarpgroups = kRankRows / 128;
 constexpr int kConsumerWarps = kWarpgroups * 4;
-constexpr int kSelectorWarps = 4;
-constexpr int kSelectorsPerWarpgroup = kSelectorWarps / kWarpgroups;
-constexpr int kThreads = kConsumerWarps * 32 + kSelectorWarps * 32 + 128;
-// Of a thread: 2 * consumer + selector + producer is what the block is given, 4 * 128.
-constexpr int kConsumerRegisters = 192;
-constexpr int kSelectorRegisters = 88;
-constexpr int kProducerRegisters = 40;
+constexpr int kSelectorWarps = 7;
+constexpr int kThreads = (kConsumerWarps + kSelectorWarps + 1) * 32;
+// Of a thread: 2 * consumer + 2 * selector is what the block is given, 4 * 128.
+constexpr int kConsumerRegisters = 176;
+constexpr int kSelectorRegisters = 80;
 constexpr int kSets = kRankRows / kRankWarpRows;  // of 16 rows
 constexpr int kSetsPerWarpgroup = kSets / kWarpgroups;
 constexpr int kTileBlocks = kTileSummaries / 4;
@@ -369,73 +367,77 @@ class Consumer {
   RingPlace<kScoreSlots> scores_;
 };
 
-// Of BestBlocks.
-struct SelectorBuffers {
-  alignas(16) uint64_t block[kSelectorWarps][32];
-};
-
-// Ranks half of a warpgroup's queries.
+// Ranks every seventh query.
 template <int kDk>
 class Selector {
  public:
   using S = Shape<kDk>;
 
   // `data` is `shared` as a pointer.
-  __device__ __forceinline__ Selector(const RankArgs& args, const WorkRing& works,
-                                      SelectorBuffers& buffers, uint32_t shared, const char* data)
-      : args_(args),
-        works_(works),
-        buffer_(buffers.block[selector_]),
-        data_(data),
-        score_barriers_(S::ScoreBarriers(shared, warpgroup_)) {}
+  __device__ __forceinline__ Selector(const RankArgs& args, const WorkRing& works, uint32_t shared,
+                                      char* data)
+      : args_(args), works_(works), shared_(shared), data_(data) {}
 
   __device__ __forceinline__ void Run() {
     for (;;) {
       works_.Wait(place_);
       const Work& work = works_.At(place_);
-      if (work.kv_head < 0) return;
+      if (Uniform(work.kv_head) < 0) return;
       RunItem(work);
       works_.Release(place_);
       place_.Advance();
+      // Who has a query more than others changes from item to item.
+      if (++selector_ == kSelectorWarps) selector_ = 0;
     }
   }
 
  private:
-  static constexpr int kMaxQueries = kSetsPerWarpgroup / kSelectorsPerWarpgroup;
+  static constexpr int kMaxQueries = (kSets + kSelectorWarps - 1) / kSelectorWarps;
 
   __device__ __forceinline__ void RunItem(const Work& work) {
     const int32_t sets_per_query = args_.rows.rows_per_query / kRankWarpRows;
-    const int32_t num_queries = kMaxQueries / sets_per_query;
-    const int32_t first_set = selector_ % kSelectorsPerWarpgroup * kMaxQueries;
-    const int32_t first_query = (kSetsPerWarpgroup * warpgroup_ + first_set) / sets_per_query;
-    BestBlocks best[kMaxQueries];
-    for (int32_t chunk = 0; chunk < work.num_tiles; chunk += S::kChunkTiles) {
-      score_barriers_.WaitFull(scores_);
-      const auto* const scores =
-          reinterpret_cast<const float*>(data_ + S::ScoreOffset(warpgroup_, scores_.slot));
-#pragma unroll 1  // the code of one query is long enough
-      for (int i = 0; i < kMaxQueries; ++i) {
-        const int32_t query = first_query + i;
-        if (i >= num_queries || query >= work.num_queries) break;
-        BestBlocks ranked = best[i];
-        Rank(scores + (first_set + i * sets_per_query) * (S::kChunkTiles * kTileBlocks),
-             sets_per_query, chunk, NumCandidates(work, query), ranked);
-        best[i] = ranked;
+    const int32_t num_tiles = Uniform(work.num_tiles), num_queries = Uniform(work.num_queries);
+    if (num_tiles == 0) {
+      for (int32_t query = selector_; query < num_queries; query += kSelectorWarps) {
+        Store(work, query, BestBlocks(), nullptr);
       }
-      __syncwarp();
-      if (lane_ == 0) BarrierArrive(score_barriers_.Empty(scores_.slot));
+      return;
+    }
+    BestBlocks best[kMaxQueries];
+    for (int32_t chunk = 0; chunk < num_tiles; chunk += S::kChunkTiles) {
+      int32_t query = selector_;
+      BestBlocks* of_query = best;
+#pragma unroll 1  // the code of one query is long enough
+      for (int32_t warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {
+        const RingBarriers<kScoreSlots> barriers = S::ScoreBarriers(shared_, warpgroup);
+        barriers.WaitFull(scores_);
+        auto* const slot =
+            reinterpret_cast<float*>(data_ + S::ScoreOffset(warpgroup, scores_.slot));
+        const int32_t first_query = warpgroup * kSetsPerWarpgroup / sets_per_query;
+        const int32_t end_query = first_query + kSetsPerWarpgroup / sets_per_query;
+#pragma unroll 1
+        for (; query < end_query && query < num_queries; query += kSelectorWarps) {
+          float* const scores =
+              slot + (query - first_query) * sets_per_query * (S::kChunkTiles * kTileBlocks);
+          BestBlocks ranked = *of_query;
+          Rank(scores, sets_per_query, chunk, NumCandidates(work, query), ranked);
+          *of_query++ = ranked;
+          if (chunk + S::kChunkTiles >= num_tiles) Store(work, query, ranked, scores);
+        }
+        __syncwarp();
+        if (lane_ == 0) BarrierArrive(barriers.Empty(scores_.slot));
+      }
       scores_.Advance();
     }
-#pragma unroll 1
-    for (int i = 0; i < kMaxQueries; ++i) {
-      const int32_t query = first_query + i;
-      if (i >= num_queries || query >= work.num_queries) break;
-      int32_t* const to =
-          args_.block_indices + ((work.row + query) * args_.dims.num_kv_heads + work.kv_head) *
-                                    args_.dims.num_selected_blocks;
-      const BestBlocks ranked = best[i];
-      ranked.Store(args_.dims, NumCandidates(work, query), args_.num_free, to);
-    }
+  }
+
+  // Scores that were read serve as scratch.
+  __device__ __forceinline__ void Store(const Work& work, int32_t query, const BestBlocks& best,
+                                        float* scratch) const {
+    best.Store(args_.dims, NumCandidates(work, query), args_.num_free,
+               reinterpret_cast<uint64_t*>(scratch),
+               args_.block_indices + ((work.row + query) * args_.dims.num_kv_heads + work.kv_head) *
+                                         args_.dims.num_selected_blocks);
   }
 
   __device__ __forceinline__ int32_t NumCandidates(const Work& work, int32_t query) const {
@@ -443,58 +445,66 @@ class Selector {
   }
 
   // Adds the blocks of tiles [chunk, chunk + kChunkTiles) to the best of a query.
-  __device__ __forceinline__ void Rank(const float* scores, int32_t sets_per_query, int32_t chunk,
+  __device__ __forceinline__ void Rank(float* scores, int32_t sets_per_query, int32_t chunk,
                                        int32_t num_candidates, BestBlocks& best) {
-    const int32_t first_block = chunk * kTileBlocks + 8 * (lane_ % 4) + lane_ / 4;
     float score[S::kChunkTiles];
-    uint32_t key[S::kChunkTiles];
 #pragma unroll
     for (int j = 0; j < S::kChunkTiles; ++j) score[j] = scores[j * kTileBlocks + lane_];
 #pragma unroll 1
     for (int32_t set = 1; set < sets_per_query; ++set) {
-      scores += S::kChunkTiles * kTileBlocks;
 #pragma unroll
       for (int j = 0; j < S::kChunkTiles; ++j) {
-        score[j] = __fadd_rn(score[j], scores[j * kTileBlocks + lane_]);
+        score[j] = __fadd_rn(score[j], scores[(set * S::kChunkTiles + j) * kTileBlocks + lane_]);
       }
     }
-    // What lies past the last tile was left by others, and is past the last free block as well.
+    __syncwarp();
+    auto* const scratch = reinterpret_cast<uint64_t*>(scores);
+    // Of free blocks only. What lies past the last tile was left by others, and is past the last
+    // free block as well.
+    const int32_t first_block = chunk * kTileBlocks + 8 * (lane_ % 4) + lane_ / 4;
+    const int32_t begin = args_.dims.num_initial_blocks - first_block;
+    const int32_t end = num_candidates - args_.dims.num_local_blocks - first_block;
+    uint32_t key[S::kChunkTiles];
 #pragma unroll
     for (int j = 0; j < S::kChunkTiles; ++j) {
-      const int32_t block = first_block + j * kTileBlocks;
-      const bool is_free = block >= args_.dims.num_initial_blocks &&
-                           block < num_candidates - args_.dims.num_local_blocks;
-      key[j] = is_free ? ScoreKey(score[j]) : 0;
+      key[j] = j * kTileBlocks >= begin && j * kTileBlocks < end ? ScoreKey(score[j]) : 0;
     }
     // Each lane's best, then each lane's second best, until none is better than what there is.
     for (;;) {
-      uint32_t top = 0;
-      int32_t top_tile = 0;
+      uint32_t top[2] = {0, 0};  // of either half, for a shorter chain
+      int32_t top_tile[2] = {0, S::kChunkTiles / 2};
 #pragma unroll
-      for (int j = 0; j < S::kChunkTiles; ++j) {
-        if (key[j] > top) {
-          top = key[j];
-          top_tile = j;
+      for (int j = 0; j < S::kChunkTiles / 2; ++j) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int tile = half * (S::kChunkTiles / 2) + j;
+          if (key[tile] > top[half]) {
+            top[half] = key[tile];
+            top_tile[half] = tile;
+          }
         }
       }
+      const bool is_second = top[1] > top[0];
+      const uint32_t best_key = is_second ? top[1] : top[0];
+      const int32_t best_tile = is_second ? top_tile[1] : top_tile[0];
       RankedBlock added;
-      if (top > 0) added = {top, ~static_cast<uint32_t>(first_block + top_tile * kTileBlocks)};
-      if (!best.Add(added, args_.num_free, buffer_)) return;
+      if (best_key > 0) {
+        added = {best_key, ~static_cast<uint32_t>(first_block + best_tile * kTileBlocks)};
+      }
+      if (!best.Add(added, args_.num_free, scratch)) return;
 #pragma unroll
       for (int j = 0; j < S::kChunkTiles; ++j) {
-        if (j == top_tile) key[j] = 0;
+        if (j == best_tile) key[j] = 0;
       }
     }
   }
 
   const RankArgs& args_;
   const WorkRing& works_;
-  const int32_t selector_ = UniformWarp() - kConsumerWarps;
-  const int32_t warpgroup_ = selector_ / kSelectorsPerWarpgroup;
+  const uint32_t shared_;
+  char* const data_;
+  int32_t selector_ = UniformWarp() - kConsumerWarps;
   const int32_t lane_ = threadIdx.x % 32;
-  uint64_t* const buffer_;
-  const char* const data_;
-  const RingBarriers<kScoreSlots> score_barriers_;
   WorkRing::Place place_;
   RingPlace<kScoreSlots> scores_;
 };
@@ -542,7 +552,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   using S = Shape<kDk>;
   extern __shared__ char dynamic[];
   __shared__ WorkSlots work_slots;
-  __shared__ SelectorBuffers buffers;
   const uint32_t padding = (1024 - SharedAddress(dynamic) % 1024) % 1024;
   const uint32_t shared = Uniform(SharedAddress(dynamic) + padding);
   const WorkRing works(work_slots);
@@ -551,7 +560,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Once for each block of rows.
     RingBarriers<S::kSlots>(shared + S::kKeyBarriers).Init(1, 2 * kConsumerWarps);
     for (int i = 0; i < kWarpgroups; ++i) {
-      S::ScoreBarriers(shared, i).Init(4, kSelectorsPerWarpgroup);
+      S::ScoreBarriers(shared, i).Init(4, kSelectorWarps);
     }
     BarrierInitFence();
   }
@@ -560,12 +569,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < kConsumerWarps) {
     RaiseRegisters<kConsumerRegisters>();
     Consumer<T, kDk, kPolynomials>(args, works, shared).Run();
-  } else if (warp < kConsumerWarps + kSelectorWarps) {
-    LowerRegisters<kSelectorRegisters>();
-    Selector<kDk>(args, works, buffers, shared, dynamic + padding).Run();
   } else {
-    LowerRegisters<kProducerRegisters>();
-    if (warp == kConsumerWarps + kSelectorWarps) Produce<kDk>(args, works, shared);
+    LowerRegisters<kSelectorRegisters>();
+    if (warp < kConsumerWarps + kSelectorWarps) {
+      Selector<kDk>(args, works, shared, dynamic + padding).Run();
+    } else {
+      Produce<kDk>(args, works, shared);
+    }
   }
 }
 
