@@ -1,6 +1,8 @@
 #include "comm/ucx/context.h"
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <iterator>
 #include <string>
 #include <utility>
@@ -8,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 
 namespace nsa::comm::ucx {
 namespace {
@@ -15,12 +18,36 @@ namespace {
 // Room for our header and UCX's in a segment.
 constexpr int64_t kSegmentOverhead = 1024;
 
+// What UCX_TLS says; "all" when it is not set. UCX tells only by printing its configuration.
+std::string TransportsOfEnvironment() {
+  ucp_config_t* raw_config = nullptr;
+  if (ucp_config_read(nullptr, nullptr, &raw_config) != UCS_OK) return "all";
+  const Config config(raw_config);
+  char* text = nullptr;
+  size_t size = 0;
+  FILE* const file = open_memstream(&text, &size);
+  if (file == nullptr) return "all";
+  ucp_config_print(config.get(), file, "", UCS_CONFIG_PRINT_CONFIG);
+  std::fclose(file);
+  std::string transports = "all";
+  for (absl::string_view line : absl::StrSplit(absl::string_view(text, size), '\n')) {
+    if (absl::ConsumePrefix(&line, "UCX_TLS=")) transports = std::string(line);
+  }
+  std::free(text);
+  return transports;
+}
+
 }  // namespace
+
+std::string ChooseTransports(const std::string& tls) {
+  if (!tls.empty()) return tls;
+  const std::string transports = TransportsOfEnvironment();
+  return transports == "all" ? kHostTransports : transports;
+}
 
 bool AreHostTransports(absl::string_view tls) {
   constexpr absl::string_view kNames[] = {"sm",    "shm", "mm",   "posix", "sysv",
                                           "xpmem", "cma", "knem", "tcp",   "self"};
-  if (tls.empty()) return true;
   const std::vector<absl::string_view> parts = absl::StrSplit(tls, ',');
   return std::all_of(parts.begin(), parts.end(), [&](absl::string_view part) {
     return std::find(std::begin(kNames), std::end(kNames), part) != std::end(kNames);
@@ -35,7 +62,7 @@ absl::StatusOr<Context> MakeContext(const std::string& tls, const std::string& n
   const Config config(raw_config);
   const std::string segment = absl::StrCat(kSegmentBytes + kSegmentOverhead);
   const std::pair<const char*, std::string> settings[] = {
-      {"TLS", tls.empty() ? kHostTransports : tls},
+      {"TLS", tls},
       {"NET_DEVICES", net_devices},
       // Without this, shared memory is left out of endpoints that report errors (UCX 1.13).
       {"MM_ERROR_HANDLING", "y"},

@@ -15,7 +15,10 @@ namespace nsa::comm::ucx {
 // a worker that is not driven leaves the caller's memory alone.
 inline constexpr char kHostTransports[] = "sm,tcp,self";
 
-// True if `tls` allows nothing but those. Empty stands for them.
+// `tls`, or when it is empty what UCX_TLS says, or when that is not set kHostTransports.
+std::string ChooseTransports(const std::string& tls);
+
+// True if `tls` allows nothing but the host's transports.
 bool AreHostTransports(absl::string_view tls);
 
 // The most bytes of one message. Segments of the host transports are made to hold it, so that it is

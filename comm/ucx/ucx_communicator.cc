@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "comm/errors.h"
 #include "comm/host_communicator.h"
+#include "comm/ucx/context.h"
 #include "comm/ucx/post_office.h"
 #include "comm/ucx/remote_reads.h"
 #include "comm/ucx/ucx_window.h"
@@ -65,7 +66,8 @@ class Impl final : public HostCommunicator, private MessageHandler {
 };
 
 absl::Status Impl::Start() {
-  const WorkerOptions worker_options = {options_.tls, options_.net_devices, options_.poll_time};
+  const WorkerOptions worker_options = {ChooseTransports(options_.tls), options_.net_devices,
+                                        options_.poll_time};
   absl::StatusOr<std::unique_ptr<Worker>> worker =
       Worker::Create(rank(), size(), worker_options, &health());
   // A rank that cannot start leaves, and the others hear why.

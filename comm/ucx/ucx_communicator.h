@@ -17,9 +17,9 @@ struct UcxOptions {
   absl::Duration timeout = absl::Seconds(60);          // of every wait
   absl::Duration connect_timeout = absl::Seconds(60);  // of those in Create
 
-  // Which transports and devices to use, in UCX's words. No transports: shared memory and TCP,
-  // whatever UCX_TLS says. No devices: all, or those of UCX_NET_DEVICES. Ranks must name the same
-  // transports and may name different devices: "eth0,lo".
+  // Which transports and devices to use, in UCX's words. Empty: those of UCX_TLS, or shared memory
+  // and TCP; those of UCX_NET_DEVICES, or all. Ranks must name the same transports and may name
+  // different devices: "eth0,lo".
   std::string tls;
   std::string net_devices;
 

@@ -32,7 +32,7 @@
 namespace nsa::comm::ucx {
 
 struct WorkerOptions {
-  // UCX_TLS; empty: kHostTransports.
+  // As ChooseTransports gives them, and UCX_NET_DEVICES.
   std::string tls;
   std::string net_devices;
   absl::Duration poll_time;
