@@ -5,9 +5,11 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "comm/conformance/check.h"
 #include "comm/conformance/conformance.h"
 #include "comm/conformance/launch.h"
 #include "comm/ucx/test_group.h"
+#include "comm/ucx/ucx_communicator.h"
 #include "gtest/gtest.h"
 
 namespace nsa::comm {
@@ -55,6 +57,25 @@ INSTANTIATE_TEST_SUITE_P(All, UcxConformance, testing::ValuesIn(Cases()), [](con
   return absl::StrCat(std::get<0>(info.param).name, "_", std::get<1>(info.param).name, "_",
                       std::get<2>(info.param), "ranks");
 });
+
+// A rank that cannot start says why, and the others hear it instead of waiting for it.
+TEST(UcxCommunicatorTest, UnknownTransportFailsAllRanks) {
+  const int port = conformance::FreePort();
+  const auto run = [&](int rank) -> absl::Status {
+    const Transport transport = {"", rank == 1 ? "carrier_pigeon" : "tcp,self"};
+    const absl::Status status =
+        CreateOnThisHost(transport, rank, 2, port, 0, absl::Seconds(30)).status();
+    const auto code =
+        rank == 1 ? absl::StatusCode::kInvalidArgument : absl::StatusCode::kUnavailable;
+    return conformance::HasError(status, code, "'carrier_pigeon'");
+  };
+  EXPECT_EQ(conformance::RunOnProcesses(2, run), absl::OkStatus());
+}
+
+TEST(UcxCommunicatorTest, ChecksOptions) {
+  const absl::Status status = UcxCommunicator::Create(nullptr).status();
+  EXPECT_EQ(status, absl::InvalidArgumentError("bootstrap: null; must be connected"));
+}
 
 }  // namespace
 }  // namespace nsa::comm
