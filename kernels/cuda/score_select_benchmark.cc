@@ -8,13 +8,12 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <vector>
 
 #include "kernels/cuda/score_select_stages.h"
 #include "kernels/cuda/score_select_testing.h"
-#include "tests/testing/numeric.h"
-#include "tests/testing/random.h"
 
 namespace nsa::kernels::cuda {
 namespace {
@@ -37,11 +36,20 @@ constexpr AttentionDims kDims{.dtype = DType::kBF16,
                               .window_tokens = 512,
                               .softmax_scale = 0.08838834764831845f};
 
+// bf16 values of about a normal distribution: a sum of uniform ones, from SplitMix64.
 std::vector<uint16_t> RandomValues(int64_t count, uint64_t seed) {
-  test::Random random(seed);
   std::vector<uint16_t> values(count);
   for (uint16_t& value : values) {
-    value = test::BF16FromFloat(static_cast<float>(random.Normal()));
+    uint64_t z = seed += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    z ^= z >> 31;
+    float sum = -2.0f;
+    for (int i = 0; i < 4; ++i) sum += static_cast<float>(z >> 16 * i & 0xffff) * 0x1p-16f;
+    const float normal = sum * 1.7320508f;
+    uint32_t bits;
+    std::memcpy(&bits, &normal, sizeof(bits));
+    value = static_cast<uint16_t>((bits + 0x8000) >> 16);
   }
   return values;
 }
