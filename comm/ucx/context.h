@@ -22,7 +22,7 @@ std::string ChooseTransports(const std::string& tls);
 bool AreHostTransports(absl::string_view tls);
 
 // The most bytes of one message. Segments of the host transports are made to hold it, so that it is
-// copied once on either side.
+// copied once on either side. Shared memory keeps a segment's length in 16 bits.
 inline constexpr int64_t kSegmentBytes = 32 << 10;
 
 // InvalidArgument when UCX has none of these transports or devices.
