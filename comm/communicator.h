@@ -6,10 +6,13 @@
 // thread.
 //
 // Errors. Every wait has the communicator's deadline (`timeout`):
-//   DeadlineExceeded  a peer did not arrive; the message names who waited for whom, in which call
+//   DeadlineExceeded  a peer did not arrive; the message names who waited for whom, in which call;
+//   a
+//                     rank may hear of it from the one that waited first
 //   Unavailable       a peer died or a link broke; the message names its rank
 //   InvalidArgument   the arguments break a rule; nothing was sent
 //   Aborted           some rank called Abort; the message carries its rank and reason
+//   FailedPrecondition  ranks are in different calls; the message names both
 // After any of these but InvalidArgument the communicator is broken for good: waiting and later
 // calls on this rank return the same first error at once, and peers learn of it or run into their
 // deadline.
