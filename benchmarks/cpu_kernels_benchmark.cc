@@ -161,6 +161,7 @@ class Forward {
                                           .ordinal = ordinal_.data(),
                                           .blocks_of_rank = &num_slc_blocks_,
                                           .num_blocks = num_slc_blocks_,
+                                          .num_ranks = 1,
                                           .this_rank = 0},
                                .record_bytes = kernels_->RecordBytes(dims_),
                                .query_begin = 0,
@@ -170,7 +171,8 @@ class Forward {
                                .offsets = offsets_.data(),
                                .num_slots = &num_slots,
                                .query_end = &query_end,
-                               .num_remote_picks = nullptr},
+                               .num_remote_picks = nullptr,
+                               .slots_of_rank = nullptr},
                               nullptr));
   }
   void Selected() {
@@ -248,7 +250,8 @@ class Forward {
             .segments = &segment_,
             .num_segments = 1,
             .documents = &document_,
-            .num_tokens = num_tokens_};
+            .num_tokens = num_tokens_,
+            .kv_heads = dims_.all_kv_heads()};
   }
   CompressParams CompressOf(const Array& tokens, const Array& summaries, int32_t head_dim) const {
     return {.dims = dims_,

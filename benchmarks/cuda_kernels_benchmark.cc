@@ -142,7 +142,7 @@ class Benchmark {
     const Tensor3 o_cmp = Tensor(num_tokens_, hq, dv), o_win = Tensor(num_tokens_, hq, dv);
     const ConstTensor3 gate = RandomTensor(num_tokens_, hq, 3);
     const TokenRows k_rows{k, {}, segments, 1}, v_rows{v, {}, segments, 1};
-    const Queries queries{q, segments, 1, documents, num_tokens_};
+    const Queries queries{q, segments, 1, documents, num_tokens_, dims_.all_kv_heads()};
     const double key_bytes = num_tokens_ * hkv * dk * 2.0, value_bytes = key_bytes * dv / dk;
     const double q_bytes = num_tokens_ * hq * dk * 2.0, o_bytes = q_bytes * dv / dk;
     const double pair_flops = 2.0 * hq * (dk + dv);  // of a query and a key
@@ -215,8 +215,12 @@ class Benchmark {
     // Everything is own, as on one rank.
     std::vector<int32_t> rank(num_slc, 0), ordinal(num_slc);
     for (int64_t b = 0; b < num_slc; ++b) ordinal[b] = static_cast<int32_t>(b);
-    const BlockOwners owners{Upload(rank.data(), num_slc), Upload(ordinal.data(), num_slc),
-                             Upload(&num_slc, 1), num_slc, 0};
+    const BlockOwners owners{Upload(rank.data(), num_slc),
+                             Upload(ordinal.data(), num_slc),
+                             Upload(&num_slc, 1),
+                             num_slc,
+                             1,
+                             0};
     auto* const locations = static_cast<int32_t*>(Memory(num_records * 4));
     auto* const counters = static_cast<int64_t*>(Memory(3 * 8));
     const auto plan_fetch = [&] {
@@ -232,7 +236,8 @@ class Benchmark {
                                   .offsets = nullptr,
                                   .num_slots = reinterpret_cast<int32_t*>(counters),
                                   .query_end = counters + 1,
-                                  .num_remote_picks = counters + 2},
+                                  .num_remote_picks = counters + 2,
+                                  .slots_of_rank = nullptr},
                                  nullptr);
     };
     for (const auto& [name, pool_blocks] :

@@ -74,13 +74,14 @@ struct PackBlocksParams {
   void* records;       // [Hkv,num_blocks] records
 };
 
-// Which queries a call works on.
+// Which queries a call works on. No other rows and heads of any output are touched.
 struct Queries {
   ConstTensor3 q;           // [T,Hq,Dk] dims.dtype
   const Segment* segments;  // [num_segments] cover all T rows
   int32_t num_segments;
   const Document* documents;  // [num_documents]
   int64_t num_tokens;         // T
+  HeadRange kv_heads;         // of Hkv
 };
 
 // Stages 4 and 5: compressed attention (NSA equations 5 and 7), importance (8 to 10), top-n (11,
@@ -103,6 +104,7 @@ struct BlockOwners {
   const int32_t* ordinal;         // [B] place among its owner's blocks
   const int64_t* blocks_of_rank;  // [P]
   int64_t num_blocks;             // B
+  int32_t num_ranks;              // P
   int32_t this_rank;
 };
 
@@ -116,13 +118,15 @@ struct PlanFetchParams {
   BlockOwners owners;
   int64_t record_bytes;
   int64_t query_begin;
-  int64_t capacity;           // slots; enough for the picks of any one query
-  int32_t* locations;         // [Hkv,B] own: record index; remote: num_own_records + slot; else -1
+  int64_t capacity;  // slots; enough for the picks of any one query
+  // [Hkv,B] own: record index; remote: num_own_records + slot; not selected: -1
+  int32_t* locations;
   int32_t* peers;             // [capacity] rank to read slot i from
   int64_t* offsets;           // [capacity] byte offset in that rank's window
   int32_t* num_slots;         // scalar: slots filled
   int64_t* query_end;         // scalar
   int64_t* num_remote_picks;  // scalar: remote picks before deduplication, nullable
+  int64_t* slots_of_rank;     // [P] slots filled with records of each rank, nullable
 };
 
 // o = g_cmp * o_cmp + g_slc * o_slc + g_win * o_win (NSA equation 5), fused into the last writer.
@@ -161,6 +165,8 @@ struct AttendWindowParams {
   TokenRows v;     // Dv
   Tensor3 o_win;   // [T,Hq,Dv] dims.dtype
   float* lse_win;  // [T,Hq] natural log, nullable
+  // Streaming multiprocessors to leave to work on other streams; host implementations ignore it.
+  int32_t sms_to_leave = 0;
 };
 
 }  // namespace nsa::kernels

@@ -20,6 +20,13 @@ enum class Compressor : int8_t { kMean = 0, kWeighted = 1, kLinear = 2, kMlp = 3
 
 namespace kernels {
 
+// Some of the kv heads, and with each the query heads of its group.
+struct HeadRange {
+  int32_t begin = 0;
+  int32_t end = 0;
+  constexpr int32_t size() const { return end - begin; }
+};
+
 // The numbers of the attention that kernels need, already validated and resolved.
 struct AttentionDims {
   DType dtype;
@@ -37,6 +44,7 @@ struct AttentionDims {
   float softmax_scale;
 
   int32_t group_size() const { return num_q_heads / num_kv_heads; }  // G
+  HeadRange all_kv_heads() const { return {0, num_kv_heads}; }
 };
 
 // One document of the packed global sequence. The blocks of all documents are numbered one

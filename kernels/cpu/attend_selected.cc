@@ -209,14 +209,15 @@ absl::Status AttendSelected(const AttendSelectedParams& params, Workers& workers
   const AttentionDims& dims = params.dims;
   const int64_t num_queries = params.query_end - params.query_begin;
   const int64_t queries_per_run =
-      QueriesPerRun(dims, num_queries, kTargetRows, workers.num_threads());
+      QueriesPerRun(params.queries, dims, num_queries, kTargetRows, workers.num_threads());
   const std::vector<QueryRun> runs =
       SplitQueries(params.queries, params.query_begin, params.query_end, queries_per_run);
   const int64_t num_runs = static_cast<int64_t>(runs.size());
   const int64_t scratch_bytes = Scratch(dims, queries_per_run, nullptr).num_bytes;
   // One kv head after another: neighbouring runs then find each other's blocks in cache.
-  return workers.Run(num_runs * dims.num_kv_heads, scratch_bytes, [&](int64_t item, char* scratch) {
-    Item(params, runs[item % num_runs], static_cast<int32_t>(item / num_runs),
+  const HeadRange& heads = params.queries.kv_heads;
+  return workers.Run(num_runs * heads.size(), scratch_bytes, [&](int64_t item, char* scratch) {
+    Item(params, runs[item % num_runs], heads.begin + static_cast<int32_t>(item / num_runs),
          Scratch(dims, queries_per_run, scratch))
         .Run();
   });

@@ -112,16 +112,17 @@ void AttendRun(const AttendWindowParams& params, const QueryRun& run, int32_t kv
 
 absl::Status AttendWindow(const AttendWindowParams& params, Workers& workers) {
   const AttentionDims& dims = params.dims;
-  const int64_t queries_per_run =
-      QueriesPerRun(dims, params.queries.num_tokens, kTargetRows, workers.num_threads());
+  const int64_t queries_per_run = QueriesPerRun(params.queries, dims, params.queries.num_tokens,
+                                                kTargetRows, workers.num_threads());
   const int64_t max_rows = queries_per_run * dims.group_size();
   const std::vector<QueryRun> runs =
       SplitQueries(params.queries, 0, params.queries.num_tokens, queries_per_run);
   const int64_t scratch_bytes = Scratch(dims, max_rows, nullptr).num_bytes;
-  return workers.Run(static_cast<int64_t>(runs.size()) * dims.num_kv_heads, scratch_bytes,
+  const HeadRange& heads = params.queries.kv_heads;
+  return workers.Run(static_cast<int64_t>(runs.size()) * heads.size(), scratch_bytes,
                      [&](int64_t item, char* scratch) {
-                       AttendRun(params, runs[item / dims.num_kv_heads],
-                                 static_cast<int32_t>(item % dims.num_kv_heads),
+                       AttendRun(params, runs[item / heads.size()],
+                                 heads.begin + static_cast<int32_t>(item % heads.size()),
                                  Scratch(dims, max_rows, scratch));
                      });
 }

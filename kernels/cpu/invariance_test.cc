@@ -107,6 +107,12 @@ TEST_P(InvarianceTest, OneQueryACall) {
   ExpectSameBits(problem, RunOnce(problem, {}, 1), RunOnce(problem, {.one_query_a_call = true}, 1));
 }
 
+TEST_P(InvarianceTest, OneKvHeadACall) {
+  const StageProblem problem = Problem();
+  ExpectSameBits(problem, RunOnce(problem, {}, 1),
+                 RunOnce(problem, {.one_kv_head_a_call = true}, 1));
+}
+
 TEST_P(InvarianceTest, GateInPlace) {
   const StageProblem problem = Problem();
   EXPECT_EQ(RunOnce(problem, {}, 2).o, RunOnce(problem, {.gate_in_place = true}, 2).o);

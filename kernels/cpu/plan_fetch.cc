@@ -20,10 +20,12 @@ std::vector<Segment> SegmentsByRow(const Queries& queries) {
 
 class FetchPlanner {
  public:
-  explicit FetchPlanner(const PlanFetchParams& params) : params_(params), owners_(params.owners) {}
+  explicit FetchPlanner(const PlanFetchParams& params)
+      : params_(params), owners_(params.owners), heads_(params.queries.kv_heads) {}
 
   void Plan() {
-    std::fill_n(params_.locations, params_.dims.num_kv_heads * owners_.num_blocks, -1);
+    std::fill_n(params_.locations + heads_.begin * owners_.num_blocks,
+                heads_.size() * owners_.num_blocks, -1);
     int64_t query = params_.query_begin;
     int64_t num_remote_picks = 0;
     bool full = false;
@@ -65,7 +67,7 @@ class FetchPlanner {
   template <class Visit>
   void ForEachPick(int64_t query, int64_t first_block, const Visit& visit) {
     const int32_t n = params_.dims.num_selected_blocks;
-    for (int32_t head = 0; head < params_.dims.num_kv_heads; ++head) {
+    for (int32_t head = heads_.begin; head < heads_.end; ++head) {
       const int32_t* const picks =
           params_.block_indices + (query * params_.dims.num_kv_heads + head) * n;
       for (int32_t i = 0; i < n && picks[i] >= 0; ++i) {
@@ -79,12 +81,16 @@ class FetchPlanner {
   void AssignSlots() {
     const int32_t num_own_records =
         static_cast<int32_t>(params_.dims.num_kv_heads * owners_.blocks_of_rank[owners_.this_rank]);
+    if (params_.slots_of_rank != nullptr) {
+      std::fill_n(params_.slots_of_rank, owners_.num_ranks, 0);
+    }
     int32_t slot = 0;
-    for (int32_t head = 0; head < params_.dims.num_kv_heads; ++head) {
+    for (int32_t head = heads_.begin; head < heads_.end; ++head) {
       for (int64_t block = 0; block < owners_.num_blocks; ++block) {
         int32_t& location = params_.locations[head * owners_.num_blocks + block];
         if (location != kWanted) continue;
         params_.peers[slot] = owners_.rank[block];
+        if (params_.slots_of_rank != nullptr) ++params_.slots_of_rank[owners_.rank[block]];
         params_.offsets[slot] = RecordIndex(head, block) * params_.record_bytes;
         location = num_own_records + slot++;
       }
@@ -98,6 +104,7 @@ class FetchPlanner {
 
   const PlanFetchParams& params_;
   const BlockOwners& owners_;
+  const HeadRange heads_;
   int64_t num_wanted_ = 0;
 };
 

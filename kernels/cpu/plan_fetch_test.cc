@@ -22,6 +22,7 @@ class PlanFetchTest : public ::testing::Test {
     std::vector<int64_t> offsets;
     int32_t num_slots = -1;
     int64_t query_end = -1, num_remote_picks = -1;
+    std::vector<int64_t> slots_of_rank;
   };
 
   PlanFetchTest() {
@@ -47,8 +48,9 @@ class PlanFetchTest : public ::testing::Test {
     }
   }
 
-  Plan Run(int64_t query_begin, int64_t capacity) {
+  Plan Run(int64_t query_begin, int64_t capacity, HeadRange heads = {0, 2}) {
     Plan plan;
+    plan.slots_of_rank.assign(3, -9);
     plan.locations.assign(2 * kBlocks, -9);
     plan.peers.assign(capacity, -9);
     plan.offsets.assign(capacity, -9);
@@ -57,12 +59,14 @@ class PlanFetchTest : public ::testing::Test {
                            .segments = segments_,
                            .num_segments = 2,
                            .documents = documents_,
-                           .num_tokens = kTokens},
+                           .num_tokens = kTokens,
+                           .kv_heads = heads},
                .block_indices = indices_.data(),
                .owners = {.rank = rank_.data(),
                           .ordinal = ordinal_.data(),
                           .blocks_of_rank = blocks_of_rank_.data(),
                           .num_blocks = kBlocks,
+                          .num_ranks = 3,
                           .this_rank = 1},
                .record_bytes = kRecordBytes,
                .query_begin = query_begin,
@@ -72,7 +76,8 @@ class PlanFetchTest : public ::testing::Test {
                .offsets = plan.offsets.data(),
                .num_slots = &plan.num_slots,
                .query_end = &plan.query_end,
-               .num_remote_picks = &plan.num_remote_picks});
+               .num_remote_picks = &plan.num_remote_picks,
+               .slots_of_rank = plan.slots_of_rank.data()});
     return plan;
   }
 
@@ -118,6 +123,10 @@ TEST_F(PlanFetchTest, TakesQueriesWhileTheyFitAndNamesEveryBlock) {
       EXPECT_EQ(plan.num_slots, remote.size());
       EXPECT_LE(plan.num_slots, capacity);
       EXPECT_EQ(plan.num_remote_picks, num_remote_picks);
+      for (int32_t r = 0; r < 3; ++r) {
+        EXPECT_EQ(plan.slots_of_rank[r],
+                  std::count(plan.peers.begin(), plan.peers.begin() + plan.num_slots, r));
+      }
       for (int32_t head = 0; head < 2; ++head) {
         for (int64_t block = 0; block < kBlocks; ++block) {
           const int32_t location = plan.locations[head * kBlocks + block];
@@ -143,6 +152,24 @@ TEST_F(PlanFetchTest, TakesQueriesWhileTheyFitAndNamesEveryBlock) {
       begin = plan.query_end;
     }
     EXPECT_EQ(pieces == 1, capacity == 40);
+  }
+}
+
+// The kv heads of a call have the places that they have in a call of all, and no others are
+// touched.
+TEST_F(PlanFetchTest, HeadsInCallsOfTheirOwn) {
+  const Plan all = Run(0, 1000), second = Run(0, 1000, {1, 2});
+  const int64_t num_own_records = 2 * blocks_of_rank_[1];
+  for (int64_t block = 0; block < kBlocks; ++block) {
+    EXPECT_EQ(second.locations[block], -9);
+    const int32_t expected = all.locations[kBlocks + block];
+    const int32_t actual = second.locations[kBlocks + block];
+    if (expected < num_own_records) {
+      EXPECT_EQ(actual, expected);
+    } else {
+      ASSERT_GE(actual, num_own_records);
+      EXPECT_EQ(second.offsets[actual - num_own_records], all.offsets[expected - num_own_records]);
+    }
   }
 }
 

@@ -48,12 +48,12 @@ std::vector<QueryRun> SplitQueries(const Queries& queries, int64_t row_begin, in
   return runs;
 }
 
-int64_t QueriesPerRun(const AttentionDims& dims, int64_t num_queries, int64_t target_rows,
-                      int num_threads) {
+int64_t QueriesPerRun(const Queries& queries, const AttentionDims& dims, int64_t num_queries,
+                      int64_t target_rows, int num_threads) {
   const int64_t wanted = target_rows / dims.group_size();
   // A few items a thread even out what they cost; one thread has nothing to even out.
   const int64_t items = num_threads == 1 ? 1 : 4 * num_threads;
-  const int64_t balanced = (num_queries * dims.num_kv_heads + items - 1) / items;
+  const int64_t balanced = (num_queries * queries.kv_heads.size() + items - 1) / items;
   return std::max<int64_t>(1, std::min(wanted, balanced));
 }
 

@@ -38,10 +38,10 @@ struct QueryRun {
 std::vector<QueryRun> SplitQueries(const Queries& queries, int64_t row_begin, int64_t row_end,
                                    int64_t max_queries);
 
-// How many queries of G heads a run has at most, for about `target_rows` rows of work at a time,
-// and enough runs to keep `num_threads` busy.
-int64_t QueriesPerRun(const AttentionDims& dims, int64_t num_queries, int64_t target_rows,
-                      int num_threads);
+// How many of `num_queries` queries of G heads a run has at most, for about `target_rows` rows of
+// work at a time, and enough runs of the kv heads of `queries` to keep `num_threads` busy.
+int64_t QueriesPerRun(const Queries& queries, const AttentionDims& dims, int64_t num_queries,
+                      int64_t target_rows, int num_threads);
 
 // q of the run's queries for the heads of `kv_head`, as f32: row i * G + g of [rows,Dk].
 void LoadQueries(const AttentionDims& dims, const Queries& queries, const QueryRun& run,

@@ -250,17 +250,18 @@ absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, Workers& workers
   const int64_t rows_in_budget = kMaxLogitBytes / (static_cast<int64_t>(sizeof(float)) *
                                                    std::max<int64_t>(1, shape.logit_stride));
   const int64_t queries_per_run =
-      QueriesPerRun(dims, params.queries.num_tokens, std::min(kTargetRows, rows_in_budget),
-                    workers.num_threads());
+      QueriesPerRun(params.queries, dims, params.queries.num_tokens,
+                    std::min(kTargetRows, rows_in_budget), workers.num_threads());
   shape.rows = queries_per_run * dims.group_size();
   const std::vector<QueryRun> runs =
       SplitQueries(params.queries, 0, params.queries.num_tokens, queries_per_run);
   const int64_t scratch_bytes = Scratch(dims, shape, nullptr).num_bytes;
-  return workers.Run(static_cast<int64_t>(runs.size()) * dims.num_kv_heads, scratch_bytes,
+  const HeadRange& heads = params.queries.kv_heads;
+  return workers.Run(static_cast<int64_t>(runs.size()) * heads.size(), scratch_bytes,
                      [&](int64_t item, char* scratch) {
                        std::vector<ScoredBlock> heap;
-                       Item(params, shape, runs[item / dims.num_kv_heads],
-                            static_cast<int32_t>(item % dims.num_kv_heads), scratch)
+                       Item(params, shape, runs[item / heads.size()],
+                            heads.begin + static_cast<int32_t>(item % heads.size()), scratch)
                            .Run(heap);
                      });
 }

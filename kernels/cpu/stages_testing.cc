@@ -104,54 +104,58 @@ class Runner {
     std::vector<int32_t> indices(tokens * hkv * dims_.num_selected_blocks, -7);
 
     const size_t segments_a_call = layout_.one_query_a_call ? 1 : query_segments_.size();
+    const int32_t heads_a_call = layout_.one_kv_head_a_call ? 1 : dims_.num_kv_heads;
     for (size_t s = 0; s < query_segments_.size(); s += segments_a_call) {
-      const Queries queries{.q = q.view(),
-                            .segments = &query_segments_[s],
-                            .num_segments = static_cast<int32_t>(segments_a_call),
-                            .documents = problem_.documents.data(),
-                            .num_tokens = tokens};
-      status =
-          kernels_.ScoreAndSelect({.dims = dims_,
-                                   .queries = queries,
-                                   .kc = kc.view(),
-                                   .vc = vc.view(),
-                                   .num_cmp_blocks = num_cmp_blocks_,
-                                   .num_documents = static_cast<int32_t>(problem_.documents.size()),
-                                   .o_cmp = o_cmp.mutable_view(),
-                                   .lse_cmp = lse_cmp.data(),
-                                   .block_indices = indices.data()},
-                                  nullptr);
-      if (!status.ok()) return status;
-      status = kernels_.AttendWindow({.dims = dims_,
-                                      .queries = queries,
-                                      .k = TokensOf(k_win),
-                                      .v = TokensOf(v_win),
-                                      .o_win = o_win.mutable_view(),
-                                      .lse_win = lse_win.data()},
-                                     nullptr);
-      if (!status.ok()) return status;
-      status = kernels_.AttendSelected(
-          {.dims = dims_,
-           .queries = queries,
-           .query_begin = 0,
-           .query_end = tokens,
-           .block_indices = indices.data(),
-           .locations = locations_.data(),
-           .num_blocks = num_slc_blocks_,
-           .own_records = own_records_.data(),
-           .num_own_records = num_own_records_,
-           .slots = slots_.data(),
-           .o_slc = o_slc.mutable_view(),
-           .lse_slc = lse_slc.data(),
-           .gate = {.gate = gate.bytes.data(),
-                    .gate_dtype = problem_.options.gate_dtype,
-                    .row_stride = gate.row_stride,
-                    .head_stride = gate.head_stride,
-                    .o_cmp = o_cmp.view(),
-                    .o_win = o_win.view(),
-                    .o = (layout_.gate_in_place ? o_cmp : o).mutable_view()}},
-          nullptr);
-      if (!status.ok()) return status;
+      for (int32_t head = 0; head < dims_.num_kv_heads; head += heads_a_call) {
+        const Queries queries{.q = q.view(),
+                              .segments = &query_segments_[s],
+                              .num_segments = static_cast<int32_t>(segments_a_call),
+                              .documents = problem_.documents.data(),
+                              .num_tokens = tokens,
+                              .kv_heads = {head, head + heads_a_call}};
+        status = kernels_.ScoreAndSelect(
+            {.dims = dims_,
+             .queries = queries,
+             .kc = kc.view(),
+             .vc = vc.view(),
+             .num_cmp_blocks = num_cmp_blocks_,
+             .num_documents = static_cast<int32_t>(problem_.documents.size()),
+             .o_cmp = o_cmp.mutable_view(),
+             .lse_cmp = lse_cmp.data(),
+             .block_indices = indices.data()},
+            nullptr);
+        if (!status.ok()) return status;
+        status = kernels_.AttendWindow({.dims = dims_,
+                                        .queries = queries,
+                                        .k = TokensOf(k_win),
+                                        .v = TokensOf(v_win),
+                                        .o_win = o_win.mutable_view(),
+                                        .lse_win = lse_win.data()},
+                                       nullptr);
+        if (!status.ok()) return status;
+        status = kernels_.AttendSelected(
+            {.dims = dims_,
+             .queries = queries,
+             .query_begin = 0,
+             .query_end = tokens,
+             .block_indices = indices.data(),
+             .locations = locations_.data(),
+             .num_blocks = num_slc_blocks_,
+             .own_records = own_records_.data(),
+             .num_own_records = num_own_records_,
+             .slots = slots_.data(),
+             .o_slc = o_slc.mutable_view(),
+             .lse_slc = lse_slc.data(),
+             .gate = {.gate = gate.bytes.data(),
+                      .gate_dtype = problem_.options.gate_dtype,
+                      .row_stride = gate.row_stride,
+                      .head_stride = gate.head_stride,
+                      .o_cmp = o_cmp.view(),
+                      .o_win = o_win.view(),
+                      .o = (layout_.gate_in_place ? o_cmp : o).mutable_view()}},
+            nullptr);
+        if (!status.ok()) return status;
+      }
     }
 
     StageOutputs out;

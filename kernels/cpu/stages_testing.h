@@ -41,6 +41,8 @@ struct StageLayout {
   bool use_halo_and_slots = false;
   // Queries are given in calls of one each.
   bool one_query_a_call = false;
+  // kv heads are given in calls of one each.
+  bool one_kv_head_a_call = false;
   // o is written over o_cmp, which then holds o.
   bool gate_in_place = false;
   // Elements between the rows of activations beyond what a dense tensor has.

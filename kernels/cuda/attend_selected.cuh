@@ -20,7 +20,6 @@
 
 namespace nsa::kernels::cuda {
 
-constexpr int kRowsOfWarp = 16;
 constexpr int kConsumerWarps = 8;
 // Whole warpgroups, because registers move between warpgroups: of the last one, one warp produces.
 constexpr int kSelectedThreads = (kConsumerWarps + 4) * 32;
@@ -37,7 +36,7 @@ struct SelectedGeometry {
   int32_t queries_per_tile;  // of one kv head
   int32_t parts_per_query;   // tiles that share the heads of a group too large for one
   int64_t num_row_tiles;
-  int64_t num_tiles;         // Hkv * num_row_tiles * parts_per_query
+  int64_t num_tiles;         // kv heads of the call * num_row_tiles * parts_per_query
   int32_t chunks_per_block;  // of at most kTileKeys tokens; a slot holds one
   int32_t num_slots;
   int32_t slot_bytes;
@@ -91,7 +90,7 @@ struct SelectedTile {
     part = static_cast<int32_t>(index % geometry.parts_per_query);
     index /= geometry.parts_per_query;
     first_row = params.query_begin + index % geometry.num_row_tiles * geometry.queries_per_tile;
-    kv_head = static_cast<int32_t>(index / geometry.num_row_tiles);
+    kv_head = params.queries.kv_heads.begin + static_cast<int32_t>(index / geometry.num_row_tiles);
   }
 };
 
@@ -258,10 +257,10 @@ struct WarpRows {
     const int32_t group_size = dims.num_q_heads / dims.num_kv_heads;
     const int32_t query = warp / geometry.warps_per_query;
     const int32_t first =
-        (tile.part * geometry.warps_per_query + warp % geometry.warps_per_query) * kRowsOfWarp;
+        (tile.part * geometry.warps_per_query + warp % geometry.warps_per_query) * kTileRows;
     row = tile.first_row + query;
     first_head = tile.kv_head * group_size + first;
-    num_heads = min(kRowsOfWarp, group_size - first);
+    num_heads = min(kTileRows, group_size - first);
     position = 0;
     first_block = 0;
     if (query >= geometry.queries_per_tile || row >= params.query_end || num_heads <= 0) {
@@ -280,21 +279,14 @@ struct WarpRows {
 
 template <class Q>
 __device__ inline void LoadQ(const AttendSelectedParams& params, const WarpRows& rows, Q& q) {
-  const int32_t lane = threadIdx.x % 32;
   const ConstTensor3& tensor = params.queries.q;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int32_t i = lane / 4 + 8 * r;
-    const uint16_t* const from = static_cast<const uint16_t*>(tensor.data) +
-                                 rows.row * tensor.row_stride +
-                                 (rows.first_head + i) * tensor.head_stride + lane % 4 * 8;
-#pragma unroll
-    for (int group = 0; group < q.num_groups(); ++group) {
-      uint4 values = make_uint4(0, 0, 0, 0);
-      if (i < rows.num_heads) values = *reinterpret_cast<const uint4*>(from + group * 32);
-      q.Set(group, r, values);
-    }
-  }
+  q.Load([&](int i) {
+    return i < rows.num_heads
+               ? static_cast<const char*>(tensor.data) +
+                     (rows.row * tensor.row_stride + (rows.first_head + i) * tensor.head_stride) * 2
+               : nullptr;
+  });
+  q.WaitUntilLoaded();
 }
 
 // Writes o_slc and lse_slc if asked to, and o.
@@ -428,7 +420,7 @@ __global__ void __launch_bounds__(kSelectedThreads, 1)
       ConsumeSelected<T, kDv, kBlockTokens>(params, geometry, shared, q);
     } else {
       const int32_t head_dim = params.dims.head_dim_qk;
-      SharedQ q(shared.q + warp * head_dim * 2, head_dim);
+      SharedQ q(shared.q + warp * head_dim * 2, head_dim, params.queries.q.data);
       ConsumeSelected<T, kDv, kBlockTokens>(params, geometry, shared, q);
     }
   }
@@ -437,19 +429,19 @@ __global__ void __launch_bounds__(kSelectedThreads, 1)
 inline SelectedGeometry MakeSelectedGeometry(const AttendSelectedParams& params,
                                              const Device& device, bool q_in_registers) {
   const AttentionDims& dims = params.dims;
-  const int32_t row_tiles = (dims.group_size() + kRowsOfWarp - 1) / kRowsOfWarp;
+  const int32_t row_tiles = (dims.group_size() + kTileRows - 1) / kTileRows;
   SelectedGeometry g{};
   g.warps_per_query = row_tiles < kConsumerWarps ? row_tiles : kConsumerWarps;
   g.queries_per_tile = kConsumerWarps / g.warps_per_query;
   g.parts_per_query = (row_tiles + g.warps_per_query - 1) / g.warps_per_query;
   g.num_row_tiles =
       (params.query_end - params.query_begin + g.queries_per_tile - 1) / g.queries_per_tile;
-  g.num_tiles = dims.num_kv_heads * g.num_row_tiles * g.parts_per_query;
+  g.num_tiles = params.queries.kv_heads.size() * g.num_row_tiles * g.parts_per_query;
   const int32_t block_tokens = dims.select_block_tokens;
   g.chunks_per_block = (block_tokens + kTileKeys - 1) / kTileKeys;
   g.slot_bytes = (block_tokens < kTileKeys ? block_tokens : kTileKeys) *
                  (dims.head_dim_qk + dims.head_dim_v) * 2;
-  g.q_bytes = q_in_registers ? 0 : kConsumerWarps * kRowsOfWarp * dims.head_dim_qk * 2;
+  g.q_bytes = q_in_registers ? 0 : kConsumerWarps * kTileRows * dims.head_dim_qk * 2;
   const int32_t fixed_bytes = g.q_bytes + SelectedShared::kListBytes;
   const int32_t bytes_per_slot = SelectedShared::BytesPerSlot(g.slot_bytes);
   const int32_t fitting = (device.max_shared_bytes - fixed_bytes) / bytes_per_slot;

@@ -9,8 +9,7 @@ namespace nsa::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarpRows = 16;
-static_assert(kThreads / 32 * kWarpRows == kWindowTileRows);
+constexpr int kWindowTileRows = kThreads / 32 * kTileRows;
 
 // One of a lane's two rows.
 struct LaneRow {
@@ -31,19 +30,16 @@ __device__ void AttendRun(const AttendWindowParams& params, const WindowRun& run
                           const LaneRow (&rows)[2], char* tile, SharedQ& q,
                           WarpAttention<T, kDv>& attention) {
   const AttentionDims& dims = params.dims;
-  const int32_t c = threadIdx.x % 4;
   const ConstTensor3& q_tensor = params.queries.q;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const uint16_t* const from = static_cast<const uint16_t*>(q_tensor.data) +
-                                 rows[r].query * q_tensor.row_stride +
-                                 rows[r].head * q_tensor.head_stride + c * 8;
-    for (int group = 0; group < q.num_groups(); ++group) {
-      uint4 values = make_uint4(0, 0, 0, 0);
-      if (rows[r].active) values = *reinterpret_cast<const uint4*>(from + group * 32);
-      q.Set(group, r, values);
-    }
-  }
+  q.Load([&](int i) {
+    const int32_t row = threadIdx.x / 32 * kTileRows + i;
+    return run.Holds(row)
+               ? static_cast<const char*>(q_tensor.data) +
+                     (run.Query(row) * q_tensor.row_stride + run.Head(row) * q_tensor.head_stride) *
+                         2
+               : nullptr;
+  });
+  q.WaitUntilLoaded();
   attention.Reset();
   uint4* const k = reinterpret_cast<uint4*>(tile);
   uint4* const v = k + kTileKeys * dims.head_dim_qk / 8;
@@ -67,11 +63,10 @@ __device__ void AttendRun(const AttendWindowParams& params, const WindowRun& run
     }
     if (!__any_sync(kFullWarp, sees_some)) continue;
     if (__all_sync(kFullWarp, sees_all)) {
-      attention.template Attend<kTileKeys, false>(q, SharedAddress(k), SharedAddress(v), kTileKeys,
-                                                  visible);
+      attention.template Attend<0, false>(q, SharedAddress(k), SharedAddress(v), kTileKeys,
+                                          visible);
     } else {
-      attention.template Attend<kTileKeys, true>(q, SharedAddress(k), SharedAddress(v), kTileKeys,
-                                                 visible);
+      attention.template Attend<0, true>(q, SharedAddress(k), SharedAddress(v), kTileKeys, visible);
     }
   }
 }
@@ -107,11 +102,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const AttentionDims& dims = params.dims;
   const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   char* const q_memory = memory + kTileKeys * (dims.head_dim_qk + dims.head_dim_v) * 2;
-  SharedQ q(reinterpret_cast<uint4*>(q_memory) + warp * dims.head_dim_qk * 2, dims.head_dim_qk);
+  SharedQ q(reinterpret_cast<uint4*>(q_memory) + warp * dims.head_dim_qk * 2, dims.head_dim_qk,
+            params.queries.q.data);
   WarpAttention<T, kDv> attention(dims.softmax_scale * 1.4426950408889634f);
 
-  ForEachRun(params, blockIdx.x, [&](const WindowRun& run) {
-    const int32_t row = warp * kWarpRows + lane / 4;
+  ForEachRun<kWindowTileRows>(params, blockIdx.x, [&](const WindowRun& run) {
+    const int32_t row = warp * kTileRows + lane / 4;
     const LaneRow rows[2] = {LaneRow(run, row), LaneRow(run, row + 8)};
     AttendRun(params, run, rows, memory, q, attention);
     StoreRows(params, rows, attention);
@@ -127,7 +123,7 @@ cudaError_t LaunchShape(const AttendWindowParams& params, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  const unsigned grid = static_cast<unsigned>(NumWindowTiles(params));
+  const unsigned grid = static_cast<unsigned>(NumWindowTiles<kWindowTileRows>(params));
   kernel<<<grid, kThreads, shared_bytes, stream>>>(params);
   return cudaGetLastError();
 }

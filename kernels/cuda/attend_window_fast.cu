@@ -1,9 +1,12 @@
 // Sliding-window attention on Hopper's tensor cores, for the shapes that performance is about.
 //
-// A tile of rows is worked on by two consumer warpgroups of 64 rows each, while a third warpgroup
-// copies tiles of 64 keys and values into a ring, row by row, from wherever their segments lie.
-// While a consumer takes the exponentials of a tile, the tensor cores multiply the one before with
-// its values.
+// A tile of rows is worked on by three consumer warpgroups of 64 rows each. One warp has the copy
+// engine bring tiles of 64 keys and values into a ring; where a tile's tokens do not lie in one
+// piece, it copies them itself, row by row. Three warps bring q, one for each consumer. While a
+// consumer takes the exponentials of a tile, the tensor cores multiply the one before with its
+// values.
+#include <cuda.h>
+
 #include <cfloat>
 #include <cstdint>
 
@@ -18,204 +21,219 @@ namespace nsa::kernels::cuda {
 namespace {
 
 constexpr int kTileKeys = 64;
-constexpr int kGroupRows = 64;  // of a warpgroup
-constexpr int kConsumerWarps = 8;
-constexpr int kProducerThreads = 128;
-constexpr int kThreads = kConsumerWarps * 32 + kProducerThreads;
-constexpr int kConsumerRegisters = 224;
-constexpr int kProducerRegisters = 56;
+constexpr int kConsumers = 3;   // warpgroups
+constexpr int kGroupRows = 64;  // of a consumer
+constexpr int kTileRows = kConsumers * kGroupRows;
+constexpr int kConsumerWarps = 4 * kConsumers;
+constexpr int kThreads = kConsumerWarps * 32 + 128;
+constexpr int kConsumerRegisters = 160;
+constexpr int kProducerRegisters = 32;
 constexpr int kPanelBytes = 64 * 128;  // 64 rows of 64 values
-static_assert(kWindowTileRows == 2 * kGroupRows);
 
 template <int kDk, int kDv>
 struct Shape {
   static constexpr int kKeyBytes = kTileKeys * kDk * 2;
   static constexpr int kSlotBytes = kTileKeys * (kDk + kDv) * 2;
-  static constexpr int kQBytes = kWindowTileRows * kDk * 2;
-  static constexpr int kSlots = kDk == 64 ? 8 : kDk == 128 ? 6 : 4;
-  static constexpr int kBarriers = kQBytes + kSlots * kSlotBytes;  // q first, then the slots
-  static constexpr int kBytes = kBarriers + (2 * kSlots + 2) * 8;
+  static constexpr int kGroupQBytes = kGroupRows * kDk * 2;
+  static constexpr int kQBytes = kConsumers * kGroupQBytes;
+  static constexpr int kQBuffers = kDk <= 128 ? 2 : 1;
+  static constexpr int kSlots = kDk == 64 ? 8 : kDk == 128 ? 4 : 3;
+  // Slots first, then q, then barriers.
+  static constexpr int kQ = kSlots * kSlotBytes;
+  static constexpr int kBarriers = kQ + kQBuffers * kQBytes;
+  static constexpr int kBytes = kBarriers + 2 * (kSlots + kQBuffers * kConsumers) * 8;
 };
 
-// Shared addresses of the barriers.
+// Shared addresses.
 template <class Shape>
-struct Barriers {
+struct Shared {
   uint32_t base;
-  __device__ uint32_t Full(int slot) const { return base + slot * 8; }
-  __device__ uint32_t Empty(int slot) const { return base + (Shape::kSlots + slot) * 8; }
-  __device__ uint32_t QFull() const { return base + 2 * Shape::kSlots * 8; }
-  __device__ uint32_t QEmpty() const { return QFull() + 8; }
+  __device__ uint32_t Keys(int slot) const { return base + slot * Shape::kSlotBytes; }
+  __device__ uint32_t Values(int slot) const { return Keys(slot) + Shape::kKeyBytes; }
+  __device__ uint32_t Q(int buffer, int consumer) const {
+    return base + Shape::kQ + buffer * Shape::kQBytes + consumer * Shape::kGroupQBytes;
+  }
+  // Barriers.
+  __device__ uint32_t Full(int slot) const { return base + Shape::kBarriers + slot * 8; }
+  __device__ uint32_t Empty(int slot) const { return Full(Shape::kSlots + slot); }
+  __device__ uint32_t QFull(int buffer, int consumer) const {
+    return Full(2 * Shape::kSlots + buffer * kConsumers + consumer);
+  }
+  __device__ uint32_t QEmpty(int buffer, int consumer) const {
+    return QFull(Shape::kQBuffers + buffer, consumer);
+  }
 };
 
-template <class Shape>
+template <int kCount>
 struct RingPlace {
   int slot = 0;
   uint32_t parity = 0;
   __device__ void Advance() {
-    if (++slot == Shape::kSlots) {
+    if (++slot == kCount) {
       slot = 0;
       parity ^= 1;
     }
   }
 };
 
-// Rows of tokens of one document and kv head, asked for in ascending order as a rule.
+// K and V as the copy engine sees them: [rows][heads][dim], boxes of 64 rows of 64 values.
+struct TensorMaps {
+  CUtensorMap keys[2];  // own, halo
+  CUtensorMap values[2];
+  int32_t are_set;  // 0: the tensors are not such that they can be
+};
+
+// Where in a panel chunk `chunk` of 16 bytes of a row lies.
+__device__ __forceinline__ uint32_t InPanel(int row, int chunk) {
+  return row * 128 + ((chunk ^ row % 8) << 4);
+}
+
+// Where tokens of one document lie, asked for in ascending order as a rule.
 class TokenCursor {
  public:
-  __device__ TokenCursor(const TokenRows& tokens) : tokens_(tokens) {}
+  __device__ explicit TokenCursor(const TokenRows& tokens) : tokens_(tokens) {}
 
-  __device__ void Start(int32_t document, int32_t kv_head) {
+  __device__ void Start(int32_t document) {
     document_ = document;
-    kv_head_ = kv_head;
     begin_ = end_ = -1;
   }
 
-  // Null for a token that no segment covers.
-  __device__ const char* Find(int64_t position) {
-    if (position < begin_ || position >= end_) Search(position);
-    return run_.rows == nullptr ? nullptr : run_.rows + (position - begin_) * run_.row_bytes;
+  __device__ TokenPlace Find(int64_t position) {
+    if (position < begin_ || position >= end_) {
+      place_ = FindPlace(tokens_, document_, position);
+      begin_ = position;
+      end_ = position + place_.num_tokens;
+    }
+    const int64_t offset = position - begin_;
+    return {place_.row < 0 ? -1 : place_.row + offset, place_.is_halo, place_.num_tokens - offset};
   }
-
-  // Null unless `count` tokens lie in consecutive rows.
-  __device__ const char* FindAll(int64_t position, int count) {
-    const char* const rows = Find(position);
-    return position + count <= end_ ? rows : nullptr;
-  }
-
-  __device__ int64_t row_bytes() const { return run_.row_bytes; }
 
  private:
-  __device__ __noinline__ void Search(int64_t position) {
-    run_ = FindTokens(tokens_, 2, document_, position, kv_head_);
-    begin_ = position;
-    end_ = position + run_.num_tokens;
-  }
-
   const TokenRows& tokens_;
-  int32_t document_ = -1, kv_head_ = 0;
-  TokenRun run_;
-  int64_t begin_ = -1, end_ = -1;  // positions that run_ is known for
+  int32_t document_ = -1;
+  TokenPlace place_;
+  int64_t begin_ = -1, end_ = -1;  // positions that place_ is known for
 };
 
-// A thread of the producing warpgroup. Copies complete out of sight of the barriers, so a thread
-// reports them later: when it has started two more, or when it is about to wait.
-template <class Shape>
-class Producer {
+// The warp that brings keys and values.
+template <int kDk, int kDv>
+class TileLoader {
  public:
-  __device__ Producer(const AttendWindowParams& params, uint32_t shared,
-                      const Barriers<Shape>& barriers)
-      : params_(params), shared_(shared), barriers_(barriers), keys_(params.k), values_(params.v) {}
+  using Sizes = Shape<kDk, kDv>;
 
-  template <int kDk>
-  __device__ void LoadQ(const WindowRun& run) {
-    WaitUntilFree(barriers_.QEmpty(), q_parity_ ^ 1);
-    const ConstTensor3& q = params_.queries.q;
+  __device__ TileLoader(const AttendWindowParams& params, const TensorMaps& maps,
+                        const Shared<Sizes>& shared)
+      : params_(params), maps_(maps), shared_(shared), keys_(params.k), values_(params.v) {}
+
+  __device__ void Run(const WindowRun& run) {
+    keys_.Start(run.document);
+    values_.Start(run.document);
+    const int64_t end = run.EndKey();
+    int64_t key = run.FirstKey(params_.dims.window_tokens) / kTileKeys * kTileKeys;
+    for (; key < end; key += kTileKeys) Load(run.kv_head, key);
+  }
+
+ private:
+  __device__ void Load(int32_t kv_head, int64_t first_key) {
+    const TokenPlace k = keys_.Find(first_key), v = values_.Find(first_key);
+    const bool in_one_piece = maps_.are_set != 0 && k.row >= 0 && k.num_tokens >= kTileKeys &&
+                              v.row >= 0 && v.num_tokens >= kTileKeys;
+    const uint32_t full = shared_.Full(place_.slot);
+    BarrierWait(shared_.Empty(place_.slot), place_.parity ^ 1);
+    if (in_one_piece) {
+      if (threadIdx.x % 32 == 0) {
+        BarrierArriveExpectBytes(full, Sizes::kSlotBytes);
+#pragma unroll
+        for (int panel = 0; panel < kDk / 64; ++panel) {
+          TensorCopy(shared_.Keys(place_.slot) + panel * kPanelBytes, &maps_.keys[k.is_halo],
+                     panel * 64, kv_head, static_cast<int32_t>(k.row), full);
+        }
+#pragma unroll
+        for (int panel = 0; panel < kDv / 64; ++panel) {
+          TensorCopy(shared_.Values(place_.slot) + panel * kPanelBytes, &maps_.values[v.is_halo],
+                     panel * 64, kv_head, static_cast<int32_t>(v.row), full);
+        }
+      }
+    } else {
+      CopyRows<kDk>(params_.k, keys_, kv_head, first_key, shared_.Keys(place_.slot));
+      CopyRows<kDv>(params_.v, values_, kv_head, first_key, shared_.Values(place_.slot));
+      CopyAsyncWait<0>();
+      FenceProxyAsync();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) BarrierArrive(full);
+    }
+    place_.Advance();
+  }
+
+  // Row by row; zeros for tokens that no segment covers.
+  template <int kDim>
+  __device__ void CopyRows(const TokenRows& tokens, TokenCursor& cursor, int32_t kv_head,
+                           int64_t first_key, uint32_t to) const {
+    const int lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int row = FirstRow(); row < kWindowTileRows; row += kRowsAtOnce) {
+    for (int row = lane / 8; row < kTileKeys; row += 4) {
+      const TokenPlace place = cursor.Find(first_key + row);
+      const ConstTensor3& tensor = place.is_halo ? tokens.halo : tokens.own;
+      const bool covered = place.row >= 0;
+      const uint16_t* const from = covered ? static_cast<const uint16_t*>(tensor.data) +
+                                                 place.row * tensor.row_stride +
+                                                 kv_head * tensor.head_stride + lane % 8 * 8
+                                           : static_cast<const uint16_t*>(params_.queries.q.data);
+#pragma unroll
+      for (int panel = 0; panel < kDim / 64; ++panel) {
+        CopyAsync16(to + panel * kPanelBytes + InPanel(row, lane % 8),
+                    covered ? from + panel * 64 : from, covered);
+      }
+    }
+  }
+
+  const AttendWindowParams& params_;
+  const TensorMaps& maps_;
+  const Shared<Sizes> shared_;
+  TokenCursor keys_, values_;
+  RingPlace<Sizes::kSlots> place_;
+};
+
+// A warp that brings q of one consumer.
+template <int kDk, int kDv>
+class QLoader {
+ public:
+  using Sizes = Shape<kDk, kDv>;
+
+  __device__ QLoader(const AttendWindowParams& params, const Shared<Sizes>& shared, int consumer)
+      : params_(params), shared_(shared), consumer_(consumer) {}
+
+  __device__ void Run(const WindowRun& run) {
+    const int lane = threadIdx.x % 32;
+    const ConstTensor3& q = params_.queries.q;
+    BarrierWait(shared_.QEmpty(place_.slot, consumer_), place_.parity ^ 1);
+    const uint32_t to = shared_.Q(place_.slot, consumer_);
+#pragma unroll 2
+    for (int i = lane / 8; i < kGroupRows; i += 4) {
+      const int row = consumer_ * kGroupRows + i;
       const bool active = run.Holds(row);
       const int some_row = active ? row : run.begin;
       const uint16_t* const from = static_cast<const uint16_t*>(q.data) +
                                    run.Query(some_row) * q.row_stride +
-                                   run.Head(some_row) * q.head_stride + Chunk() * 8;
-      const uint32_t to =
-          shared_ + row / kGroupRows * (kGroupRows * kDk * 2) + row % kGroupRows * 128 + Swizzled();
+                                   run.Head(some_row) * q.head_stride + lane % 8 * 8;
 #pragma unroll
       for (int panel = 0; panel < kDk / 64; ++panel) {
-        CopyAsync16(to + panel * kPanelBytes, from + panel * 64, active);
+        CopyAsync16(to + panel * kPanelBytes + InPanel(i, lane % 8), from + panel * 64, active);
       }
     }
-    q_parity_ ^= 1;
-    Started(barriers_.QFull());
-  }
-
-  __device__ void StartRun(const WindowRun& run) {
-    keys_.Start(run.document, run.kv_head);
-    values_.Start(run.document, run.kv_head);
-  }
-
-  template <int kDk, int kDv>
-  __device__ void LoadTile(int64_t first_key) {
-    WaitUntilFree(barriers_.Empty(place_.slot), place_.parity ^ 1);
-    const uint32_t slot = shared_ + Shape::kQBytes + place_.slot * Shape::kSlotBytes;
-    LoadRows<kDk>(keys_, first_key, slot);
-    LoadRows<kDv>(values_, first_key, slot + Shape::kKeyBytes);
-    Started(barriers_.Full(place_.slot));
+    CopyAsyncCommit();
+    CopyAsyncWait<0>();
+    FenceProxyAsync();
+    __syncwarp();
+    if (lane == 0) BarrierArrive(shared_.QFull(place_.slot, consumer_));
     place_.Advance();
   }
 
-  __device__ void Finish() {
-    CopyAsyncWait<0>();
-    if (older_ != 0) Report(older_);
-    if (newer_ != 0) Report(newer_);
-    older_ = newer_ = 0;
-  }
-
  private:
-  // A thread copies 16 bytes of every kRowsAtOnce-th row of a panel, always at the same place.
-  static constexpr int kRowsAtOnce = kProducerThreads / 8;
-  __device__ static int FirstRow() { return (threadIdx.x - kConsumerWarps * 32) / 8; }
-  __device__ static int Chunk() { return threadIdx.x % 8; }
-  __device__ static uint32_t Swizzled() { return (Chunk() ^ FirstRow() % 8) << 4; }
-
-  template <int kDim>
-  __device__ void LoadRows(TokenCursor& cursor, int64_t first_key, uint32_t to) const {
-    to += FirstRow() * 128 + Swizzled();
-    const char* rows = cursor.FindAll(first_key, kTileKeys);
-    if (rows != nullptr) {
-      const int64_t step = kRowsAtOnce * cursor.row_bytes();
-      rows += FirstRow() * cursor.row_bytes() + Chunk() * 16;
-#pragma unroll
-      for (int row = 0; row < kTileKeys; row += kRowsAtOnce, rows += step) {
-#pragma unroll
-        for (int panel = 0; panel < kDim / 64; ++panel) {
-          CopyAsync16(to + panel * kPanelBytes + row * 128, rows + panel * 128, true);
-        }
-      }
-      return;
-    }
-#pragma unroll 1
-    for (int row = 0; row < kTileKeys; row += kRowsAtOnce) {
-      const char* const found = cursor.Find(first_key + row + FirstRow());
-      const void* const from = found == nullptr ? params_.queries.q.data : found + Chunk() * 16;
-#pragma unroll
-      for (int panel = 0; panel < kDim / 64; ++panel) {
-        const int64_t offset = found == nullptr ? 0 : panel * 128;
-        CopyAsync16(to + panel * kPanelBytes + row * 128, static_cast<const char*>(from) + offset,
-                    found != nullptr);
-      }
-    }
-  }
-
-  __device__ void Started(uint32_t barrier) {
-    CopyAsyncCommit();
-    if (older_ != 0) {
-      CopyAsyncWait<2>();
-      Report(older_);
-    }
-    older_ = newer_;
-    newer_ = barrier;
-  }
-
-  // The copies of a barrier are complete.
-  __device__ static void Report(uint32_t barrier) {
-    FenceProxyAsync();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) BarrierArrive(barrier);
-  }
-
-  __device__ void WaitUntilFree(uint32_t barrier, uint32_t parity) {
-    if (BarrierTest(barrier, parity)) return;
-    Finish();  // who is to free it may wait for these
-    BarrierWait(barrier, parity);
-  }
-
   const AttendWindowParams& params_;
-  const uint32_t shared_;
-  const Barriers<Shape> barriers_;
-  TokenCursor keys_, values_;
-  RingPlace<Shape> place_;
-  uint32_t q_parity_ = 0;
-  uint32_t older_ = 0, newer_ = 0;  // barriers of copies that are not reported
+  const Shared<Sizes> shared_;
+  const int consumer_;
+  RingPlace<Sizes::kQBuffers> place_;
 };
 
 // 64 rows of a warpgroup; lane 4g + c of warp w works on rows 16w + g and 16w + g + 8.
@@ -224,11 +242,9 @@ class Consumer {
  public:
   using Sizes = Shape<kDk, kDv>;
 
-  __device__ Consumer(const AttendWindowParams& params, uint32_t shared,
-                      const Barriers<Sizes>& barriers)
+  __device__ Consumer(const AttendWindowParams& params, const Shared<Sizes>& shared)
       : params_(params),
         shared_(shared),
-        barriers_(barriers),
         scale_log2_(params.dims.softmax_scale * 1.4426950408889634f) {}
 
   __device__ void Run(const WindowRun& run) {
@@ -236,10 +252,11 @@ class Consumer {
     const int group_first = Group() * kGroupRows;
     const int begin = max(group_first, run.begin);
     const int end = min(group_first + kGroupRows, run.end);
-    LoadQ();
     const int64_t first_tile = run.FirstKey(window) / kTileKeys;
     const int64_t end_tile = (run.EndKey() + kTileKeys - 1) / kTileKeys;
+    BarrierWait(shared_.QFull(q_place_.slot, Group()), q_place_.parity);
     if (begin >= end) {
+      ReleaseQ();
       Skip(end_tile - first_tile);
       return;
     }
@@ -266,6 +283,7 @@ class Consumer {
     for (; tile < begin_whole; ++tile) Step<true>(tile);
     for (; tile < end_whole; ++tile) Step<false>(tile);
     for (; tile < end_seen; ++tile) Step<true>(tile);
+    ReleaseQ();
     End();
     Skip(end_tile - end_seen);
     Store(run, row);
@@ -278,31 +296,23 @@ class Consumer {
 
   __device__ float MaxLog2(float max) const { return fmaxf(max * scale_log2_, -FLT_MAX); }
 
-  __device__ void LoadQ() {
-    BarrierWait(barriers_.QFull(), q_parity_);
-    q_parity_ ^= 1;
-    const uint32_t group = shared_ + Group() * (kGroupRows * kDk * 2);
-    const int row = Warp() % 4 * 16 + Lane() % 16;
-#pragma unroll
-    for (int k = 0; k < kDk / 16; ++k) {
-      const int chunk = 2 * k + Lane() / 16;
-      LoadMatrices(q_[k],
-                   group + chunk / 8 * kPanelBytes + row * 128 + ((chunk % 8 ^ row % 8) << 4));
-    }
+  __device__ void ReleaseQ() {
     __syncwarp();
-    if (Lane() == 0) BarrierArrive(barriers_.QEmpty());
+    if (Lane() == 0) BarrierArrive(shared_.QEmpty(q_place_.slot, Group()));
+    q_place_.Advance();
   }
 
   // Done with the keys, or with the values, of a slot.
   __device__ void Release(int slot, bool condition = true) {
     __syncwarp();
-    if (Lane() == 0 && condition) BarrierArrive(barriers_.Empty(slot));
+    if (Lane() == 0 && condition) BarrierArrive(shared_.Empty(slot));
   }
 
   // Passes over tiles of which this warpgroup sees nothing.
   __device__ void Skip(int64_t num_tiles) {
+#pragma unroll 1
     for (int64_t i = 0; i < num_tiles; ++i) {
-      BarrierWait(barriers_.Full(place_.slot), place_.parity);
+      BarrierWait(shared_.Full(place_.slot), place_.parity);
       Release(place_.slot);
       Release(place_.slot);
       place_.Advance();
@@ -316,27 +326,22 @@ class Consumer {
     sum_[0] = sum_[1] = 0.0f;
   }
 
-  __device__ uint32_t Slot(int slot) const {
-    return shared_ + Sizes::kQBytes + slot * Sizes::kSlotBytes;
-  }
-
   // s = q k^T of the tile in place_.
   __device__ void StartLogits() {
-#pragma unroll
-    for (float& value : s_) value = 0.0f;
-    const uint64_t keys = WgmmaDescriptor(Slot(place_.slot));
+    const uint64_t q = WgmmaDescriptor(shared_.Q(q_place_.slot, Group()));
+    const uint64_t keys = WgmmaDescriptor(shared_.Keys(place_.slot));
     WgmmaFence();
 #pragma unroll
     for (int k = 0; k < kDk / 16; ++k) {
-      WgmmaRegisters<T>(s_, q_[k][0], q_[k][1], q_[k][2], q_[k][3],
-                        keys + (k / 4 * kPanelBytes + k % 4 * 32) / 16);
+      const int offset = (k / 4 * kPanelBytes + k % 4 * 32) / 16;
+      WgmmaShared<T>(s_, q + offset, keys + offset, k > 0);
     }
     WgmmaCommit();
   }
 
   // o += p v of the tile in `slot`.
   __device__ void StartOutputs(int slot) {
-    const uint64_t values = WgmmaValuesDescriptor(Slot(slot) + Sizes::kKeyBytes, kPanelBytes);
+    const uint64_t values = WgmmaValuesDescriptor(shared_.Values(slot), kPanelBytes);
     WgmmaFence();
 #pragma unroll
     for (int k = 0; k < kTileKeys / 16; ++k) {
@@ -407,7 +412,7 @@ class Consumer {
 
   // The first tile: its outputs are started by the next step.
   __device__ void Begin(int64_t tile) {
-    BarrierWait(barriers_.Full(place_.slot), place_.parity);
+    BarrierWait(shared_.Full(place_.slot), place_.parity);
     StartLogits();
     WgmmaWait<0>();
     WgmmaTouch(s_);
@@ -422,7 +427,7 @@ class Consumer {
 
   template <bool kMasked>
   __device__ void Step(int64_t tile) {
-    BarrierWait(barriers_.Full(place_.slot), place_.parity);
+    BarrierWait(shared_.Full(place_.slot), place_.parity);
     StartLogits();
     StartOutputs(previous_slot_);
     WgmmaWait<1>();
@@ -506,13 +511,11 @@ class Consumer {
   }
 
   const AttendWindowParams& params_;
-  const uint32_t shared_;
-  const Barriers<Sizes> barriers_;
+  const Shared<Sizes> shared_;
   const float scale_log2_;
-  RingPlace<Sizes> place_;
+  RingPlace<Sizes::kSlots> place_;
+  RingPlace<Sizes::kQBuffers> q_place_;
   int previous_slot_ = 0;
-  uint32_t q_parity_ = 0;
-  uint32_t q_[kDk / 16][4];
   float s_[kTileKeys / 2];
   uint32_t p_[kTileKeys / 8][2];
   float o_[kDv / 2];
@@ -523,40 +526,92 @@ class Consumer {
 // Grid: one CTA per SM; CTA i owns tiles i, i + gridDim, ... of rows, one kv head after another.
 template <class T, int kDk, int kDv>
 __global__ void __launch_bounds__(kThreads, 1)
-    AttendWindowKernel(const __grid_constant__ AttendWindowParams params) {
+    AttendWindowKernel(const __grid_constant__ AttendWindowParams params,
+                       const __grid_constant__ TensorMaps maps) {
   using Sizes = Shape<kDk, kDv>;
   extern __shared__ __align__(1024) char memory[];
-  const uint32_t shared = SharedAddress(memory);
-  const Barriers<Sizes> barriers{shared + Sizes::kBarriers};
+  const Shared<Sizes> shared{SharedAddress(memory)};
   if (threadIdx.x == 0) {
     for (int i = 0; i < Sizes::kSlots; ++i) {
-      BarrierInit(barriers.Full(i), kProducerThreads / 32);
-      BarrierInit(barriers.Empty(i), 2 * kConsumerWarps);  // once for keys, once for values
+      BarrierInit(shared.Full(i), 1);
+      BarrierInit(shared.Empty(i), 2 * kConsumerWarps);  // once for keys, once for values
     }
-    BarrierInit(barriers.QFull(), kProducerThreads / 32);
-    BarrierInit(barriers.QEmpty(), kConsumerWarps);
+    for (int buffer = 0; buffer < Sizes::kQBuffers; ++buffer) {
+      for (int consumer = 0; consumer < kConsumers; ++consumer) {
+        BarrierInit(shared.QFull(buffer, consumer), 1);
+        BarrierInit(shared.QEmpty(buffer, consumer), 4);
+      }
+    }
+    BarrierInitFence();
   }
   __syncthreads();
-  const int64_t num_tiles = NumWindowTiles(params);
-  if (threadIdx.x >= kConsumerWarps * 32) {
-    LowerRegisters<kProducerRegisters>();
-    Producer<Sizes> producer(params, shared, barriers);
+  const int64_t num_tiles = NumWindowTiles<kTileRows>(params);
+  const auto for_each_run = [&](auto& role) {
     for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-      ForEachRun(params, tile, [&](const WindowRun& run) {
-        producer.template LoadQ<kDk>(run);
-        producer.StartRun(run);
-        int64_t key = run.FirstKey(params.dims.window_tokens) / kTileKeys * kTileKeys;
-        for (; key < run.EndKey(); key += kTileKeys) producer.template LoadTile<kDk, kDv>(key);
-      });
+      ForEachRun<kTileRows>(params, tile, [&](const WindowRun& run) { role.Run(run); });
     }
-    producer.Finish();
+  };
+  const int warp = threadIdx.x / 32;
+  if (warp >= kConsumerWarps) {
+    LowerRegisters<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
+      TileLoader<kDk, kDv> loader(params, maps, shared);
+      for_each_run(loader);
+    } else {
+      QLoader<kDk, kDv> loader(params, shared, warp - kConsumerWarps - 1);
+      for_each_run(loader);
+    }
   } else {
     RaiseRegisters<kConsumerRegisters>();
-    Consumer<T, kDk, kDv> consumer(params, shared, barriers);
-    for (int64_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
-      ForEachRun(params, tile, [&](const WindowRun& run) { consumer.Run(run); });
-    }
+    Consumer<T, kDk, kDv> consumer(params, shared);
+    for_each_run(consumer);
   }
+}
+
+using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
+
+// Null when the driver has no such function.
+EncodeTensorMap FindEncodeTensorMap() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  constexpr unsigned kVersion = 12000;  // the first with it
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             kVersion, cudaEnableDefault, &result);
+  const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+  return found ? reinterpret_cast<EncodeTensorMap>(function) : nullptr;
+}
+
+// False when the copy engine cannot be told of the tensor. The number of rows is not known; boxes
+// are asked for only where all of their rows are tokens.
+bool MakeTensorMap(EncodeTensorMap encode, const AttentionDims& dims, int32_t head_dim,
+                   const ConstTensor3& tensor, CUtensorMap* map) {
+  if (tensor.data == nullptr) return true;  // never used
+  const CUtensorMapDataType type = dims.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(head_dim),
+                               static_cast<cuuint64_t>(dims.num_kv_heads), cuuint64_t{1} << 31};
+  // The stride of a single head has no meaning, and may be anything.
+  const int64_t head_stride = dims.num_kv_heads == 1 ? head_dim : tensor.head_stride;
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(head_stride * 2),
+                                 static_cast<cuuint64_t>(tensor.row_stride * 2)};
+  const cuuint32_t box[3] = {64, 1, kTileKeys};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  return encode(map, type, 3, const_cast<void*>(tensor.data), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+TensorMaps MakeTensorMaps(const AttendWindowParams& params) {
+  TensorMaps maps{};
+  const EncodeTensorMap encode = FindEncodeTensorMap();
+  const AttentionDims& dims = params.dims;
+  maps.are_set = encode != nullptr &&
+                 MakeTensorMap(encode, dims, dims.head_dim_qk, params.k.own, &maps.keys[0]) &&
+                 MakeTensorMap(encode, dims, dims.head_dim_qk, params.k.halo, &maps.keys[1]) &&
+                 MakeTensorMap(encode, dims, dims.head_dim_v, params.v.own, &maps.values[0]) &&
+                 MakeTensorMap(encode, dims, dims.head_dim_v, params.v.halo, &maps.values[1]);
+  return maps;
 }
 
 template <class T, int kDk, int kDv>
@@ -567,7 +622,7 @@ cudaError_t LaunchShape(const AttendWindowParams& params, const Device& device,
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  kernel<<<device.num_sms, kThreads, kBytes, stream>>>(params);
+  kernel<<<device.num_sms, kThreads, kBytes, stream>>>(params, MakeTensorMaps(params));
   return cudaGetLastError();
 }
 

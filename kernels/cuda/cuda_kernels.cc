@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "absl/memory/memory.h"
@@ -169,8 +170,10 @@ absl::Status CudaKernels::AttendWindow(const AttendWindowParams& params, void* s
       First({scope.status(), CheckAligned("q", params.queries.q), CheckAligned("k", params.k),
              CheckAligned("v", params.v), CheckAligned("o_win", params.o_win)});
   if (!status.ok()) return status;
+  cuda::Device device = properties_;
+  device.num_sms = std::max(1, device.num_sms - params.sms_to_leave);
   return cuda::HasFastAttendWindow(params.dims)
-             ? NSA_CUDA_STATUS(cuda::LaunchAttendWindowFast(params, properties_, ToStream(stream)))
+             ? NSA_CUDA_STATUS(cuda::LaunchAttendWindowFast(params, device, ToStream(stream)))
              : NSA_CUDA_STATUS(cuda::LaunchAttendWindowAny(params, ToStream(stream)));
 }
 

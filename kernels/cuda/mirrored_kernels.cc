@@ -250,23 +250,20 @@ absl::Status MirroredKernels::PlanFetch(const PlanFetchParams& params, void* /*s
   Mirror mirror(*device_);
   const AttentionDims& dims = params.dims;
   const BlockOwners& owners = params.owners;
-  int32_t num_ranks = owners.this_rank + 1;
-  for (int64_t b = 0; b < owners.num_blocks; ++b) {
-    num_ranks = std::max(num_ranks, owners.rank[b] + 1);
-  }
   PlanFetchParams p = params;
   p.queries = mirror.In(params.queries, 0, 0, 0);
   p.block_indices = mirror.In(params.block_indices, params.queries.num_tokens * dims.num_kv_heads *
                                                         dims.num_selected_blocks);
   p.owners.rank = mirror.In(owners.rank, owners.num_blocks);
   p.owners.ordinal = mirror.In(owners.ordinal, owners.num_blocks);
-  p.owners.blocks_of_rank = mirror.In(owners.blocks_of_rank, num_ranks);
+  p.owners.blocks_of_rank = mirror.In(owners.blocks_of_rank, owners.num_ranks);
   p.locations = mirror.Out(params.locations, dims.num_kv_heads * owners.num_blocks);
   p.peers = mirror.Out(params.peers, params.capacity);
   p.offsets = mirror.Out(params.offsets, params.capacity);
   p.num_slots = mirror.Out(params.num_slots, 1);
   p.query_end = mirror.Out(params.query_end, 1);
   p.num_remote_picks = mirror.Out(params.num_remote_picks, 1);
+  p.slots_of_rank = mirror.Out(params.slots_of_rank, owners.num_ranks);
   if (!mirror.status().ok()) return mirror.status();
   return mirror.Finish(device_->PlanFetch(p, nullptr));
 }

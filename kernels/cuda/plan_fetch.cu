@@ -19,11 +19,18 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kPlanThreads = 1024;
 
+// The part of `locations` that the call is about: [kv heads of the call, B].
+__host__ __device__ inline int64_t NumPlaces(const PlanFetchParams& params) {
+  return params.queries.kv_heads.size() * params.owners.num_blocks;
+}
+__device__ int32_t* Places(const PlanFetchParams& params) {
+  return params.locations + params.queries.kv_heads.begin * params.owners.num_blocks;
+}
+
 // Grid: covers the table.
 __global__ void __launch_bounds__(kThreads) ClearLocations(PlanFetchParams params) {
-  const int64_t count = params.dims.num_kv_heads * params.owners.num_blocks;
   const int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x;
-  if (i < count) params.locations[i] = kNotSelected;
+  if (i < NumPlaces(params)) Places(params)[i] = kNotSelected;
 }
 
 // Calls visit(kv head, global block) for each block that a query selects; the lanes of a warp share
@@ -32,15 +39,18 @@ template <class Visit>
 __device__ void ForEachPick(const PlanFetchParams& params, int64_t end, const Visit& visit) {
   const int32_t lane = threadIdx.x % 32;
   const int32_t n = params.dims.num_selected_blocks;
-  const int32_t num_picks = params.dims.num_kv_heads * n;
+  const HeadRange& heads = params.queries.kv_heads;
+  const int32_t num_picks = heads.size() * n;
   for (int64_t query = params.query_begin + blockIdx.x * kWarps + threadIdx.x / 32; query < end;
        query += gridDim.x * kWarps) {
     const QueryPlace place = FindQuery(params.queries, query);
     if (place.document < 0) continue;
     const int64_t first_block = params.queries.documents[place.document].slc_block_begin;
+    const int32_t* const picks =
+        params.block_indices + (query * params.dims.num_kv_heads + heads.begin) * n;
     for (int32_t i = lane; i < num_picks; i += 32) {
-      const int32_t pick = params.block_indices[query * num_picks + i];
-      if (pick >= 0) visit(query, i / n, first_block + pick);
+      const int32_t pick = picks[i];
+      if (pick >= 0) visit(query, heads.begin + i / n, first_block + pick);
     }
   }
 }
@@ -85,13 +95,14 @@ __device__ bool IsRemote(const BlockOwners& owners, int64_t block) {
 __device__ int32_t SelectFirstQuery(const PlanFetchParams& params, int64_t rank, int32_t* histogram,
                                     int32_t* choice) {
   const int64_t num_blocks = params.owners.num_blocks;
-  const int64_t count = params.dims.num_kv_heads * num_blocks;
+  const int64_t count = NumPlaces(params);
+  const int32_t* const places = Places(params);
   int32_t prefix = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     for (int i = threadIdx.x; i < 256; i += kPlanThreads) histogram[i] = 0;
     __syncthreads();
     for (int64_t i = threadIdx.x; i < count; i += kPlanThreads) {
-      const int32_t first = params.locations[i];
+      const int32_t first = places[i];
       if (first == kNotSelected || !IsRemote(params.owners, i % num_blocks)) continue;
       const int64_t above = int64_t{first} >> (shift + 8);
       if (above == int64_t{prefix} >> (shift + 8)) atomicAdd(&histogram[first >> shift & 255], 1);
@@ -112,6 +123,15 @@ __device__ int32_t SelectFirstQuery(const PlanFetchParams& params, int64_t rank,
   return prefix;
 }
 
+// Adds one to *count, which is the count of `rank`: once for all lanes here that have the same.
+__device__ void CountSlot(int64_t* count, int32_t rank) {
+  const uint32_t same = __match_any_sync(__activemask(), rank);
+  if (static_cast<int32_t>(threadIdx.x % 32) == __ffs(same) - 1) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(count),
+              static_cast<unsigned long long>(__popc(same)));
+  }
+}
+
 // Grid: one CTA owns the whole table.
 __global__ void __launch_bounds__(kPlanThreads) AssignLocations(PlanFetchParams params) {
   __shared__ int32_t warp_sums[kPlanThreads / 32];
@@ -119,11 +139,18 @@ __global__ void __launch_bounds__(kPlanThreads) AssignLocations(PlanFetchParams 
   __shared__ int32_t choice[2];
   const BlockOwners& owners = params.owners;
   const int64_t num_blocks = owners.num_blocks;
-  const int64_t count = params.dims.num_kv_heads * num_blocks;
+  const int64_t count = NumPlaces(params);
+  int32_t* const places = Places(params);
 
+  if (params.slots_of_rank != nullptr) {
+    for (int32_t r = threadIdx.x; r < owners.num_ranks; r += kPlanThreads) {
+      params.slots_of_rank[r] = 0;
+    }
+    __syncthreads();
+  }
   int32_t num_mine = 0;
   for (int64_t i = threadIdx.x; i < count; i += kPlanThreads) {
-    num_mine += params.locations[i] != kNotSelected && IsRemote(owners, i % num_blocks);
+    num_mine += places[i] != kNotSelected && IsRemote(owners, i % num_blocks);
   }
   int32_t num_wanted = 0;
   ScanBefore(num_mine, warp_sums, num_wanted);
@@ -137,7 +164,7 @@ __global__ void __launch_bounds__(kPlanThreads) AssignLocations(PlanFetchParams 
   int32_t num_slots = 0;
   for (int64_t base = 0; base < count; base += kPlanThreads) {
     const int64_t i = base + threadIdx.x;
-    const bool selected = i < count && params.locations[i] < limit;
+    const bool selected = i < count && places[i] < limit;
     bool remote = false;
     int32_t rank = 0;
     int64_t record = 0;  // place in its owner's window, [Hkv,blocks of that rank]
@@ -145,18 +172,18 @@ __global__ void __launch_bounds__(kPlanThreads) AssignLocations(PlanFetchParams 
       const int64_t block = i % num_blocks;
       rank = owners.rank[block];
       remote = rank != owners.this_rank;
-      record = i / num_blocks * owners.blocks_of_rank[rank] + owners.ordinal[block];
+      record = (params.queries.kv_heads.begin + i / num_blocks) * owners.blocks_of_rank[rank] +
+               owners.ordinal[block];
     }
     int32_t num_new = 0;
     const int32_t slot = num_slots + ScanBefore(remote, warp_sums, num_new);
     if (remote) {
       params.peers[slot] = rank;
       params.offsets[slot] = record * params.record_bytes;
+      if (params.slots_of_rank != nullptr) CountSlot(params.slots_of_rank + rank, rank);
     }
     if (i < count) {
-      params.locations[i] = !selected ? -1
-                            : remote  ? num_own_records + slot
-                                      : static_cast<int32_t>(record);
+      places[i] = !selected ? -1 : remote ? num_own_records + slot : static_cast<int32_t>(record);
     }
     num_slots += num_new;
   }
@@ -184,7 +211,7 @@ __global__ void __launch_bounds__(kThreads) CountRemotePicks(PlanFetchParams par
 
 cudaError_t LaunchPlanFetch(const PlanFetchParams& params, const Device& device,
                             cudaStream_t stream) {
-  const int64_t count = params.dims.num_kv_heads * params.owners.num_blocks;
+  const int64_t count = NumPlaces(params);
   const int64_t num_queries = params.queries.num_tokens - params.query_begin;
   const int64_t num_ctas = (num_queries + kWarps - 1) / kWarps;
   const unsigned query_grid =

@@ -20,6 +20,7 @@ struct Plan {
   std::vector<int64_t> offsets;
   int32_t num_slots = -1;
   int64_t query_end = -1, num_remote_picks = -1;
+  std::vector<int64_t> slots_of_rank;
 };
 
 // Documents of blocks on a few ranks; queries in segments whose rows lie the other way round.
@@ -55,8 +56,10 @@ struct Problem {
     }
   }
 
-  Plan Run(Kernels& kernels, int64_t query_begin, int64_t capacity, bool count_picks) const {
+  Plan Run(Kernels& kernels, int64_t query_begin, int64_t capacity, bool count_picks,
+           HeadRange heads) const {
     Plan plan;
+    plan.slots_of_rank.assign(blocks_of_rank.size(), -9);
     plan.locations.assign(dims.num_kv_heads * rank.size(), -9);
     plan.peers.assign(capacity, -9);
     plan.offsets.assign(capacity, -9);
@@ -66,12 +69,14 @@ struct Problem {
                                        .segments = segments.data(),
                                        .num_segments = static_cast<int32_t>(segments.size()),
                                        .documents = documents.data(),
-                                       .num_tokens = num_tokens},
+                                       .num_tokens = num_tokens,
+                                       .kv_heads = heads},
                            .block_indices = indices.data(),
                            .owners = {.rank = rank.data(),
                                       .ordinal = ordinal.data(),
                                       .blocks_of_rank = blocks_of_rank.data(),
                                       .num_blocks = static_cast<int64_t>(rank.size()),
+                                      .num_ranks = static_cast<int32_t>(blocks_of_rank.size()),
                                       .this_rank = 1},
                            .record_bytes = 4096,
                            .query_begin = query_begin,
@@ -81,7 +86,8 @@ struct Problem {
                            .offsets = plan.offsets.data(),
                            .num_slots = &plan.num_slots,
                            .query_end = &plan.query_end,
-                           .num_remote_picks = count_picks ? &plan.num_remote_picks : nullptr},
+                           .num_remote_picks = count_picks ? &plan.num_remote_picks : nullptr,
+                           .slots_of_rank = count_picks ? plan.slots_of_rank.data() : nullptr},
                           nullptr);
     EXPECT_TRUE(status.ok()) << status;
     return plan;
@@ -109,13 +115,19 @@ class PlanFetchTest : public ::testing::Test {
 
   // All pieces of the queries.
   void ExpectTheSame(const Problem& problem, int64_t capacity) {
+    ExpectTheSame(problem, capacity, problem.dims.all_kv_heads());
+    ExpectTheSame(problem, capacity, {problem.dims.num_kv_heads - 1, problem.dims.num_kv_heads});
+  }
+  void ExpectTheSame(const Problem& problem, int64_t capacity, HeadRange heads) {
     SCOPED_TRACE(capacity);
+    SCOPED_TRACE(heads.size());
     for (int64_t begin = 0; begin < problem.num_tokens;) {
-      const Plan expected = problem.Run(*cpu_, begin, capacity, true);
-      const Plan actual = problem.Run(*gpu_, begin, capacity, true);
+      const Plan expected = problem.Run(*cpu_, begin, capacity, true, heads);
+      const Plan actual = problem.Run(*gpu_, begin, capacity, true, heads);
       ASSERT_EQ(expected.query_end, actual.query_end);
       EXPECT_EQ(expected.num_slots, actual.num_slots);
       EXPECT_EQ(expected.num_remote_picks, actual.num_remote_picks);
+      EXPECT_EQ(expected.slots_of_rank, actual.slots_of_rank);
       EXPECT_EQ(expected.locations, actual.locations);
       EXPECT_EQ(expected.peers, actual.peers);
       EXPECT_EQ(expected.offsets, actual.offsets);
@@ -147,7 +159,7 @@ TEST_F(PlanFetchTest, ManyBlocksAndQueries) {
 
 TEST_F(PlanFetchTest, CountingPicksIsOptional) {
   const Problem problem(2, 20, 20, 2, 4);
-  const Plan plan = problem.Run(*gpu_, 3, 1000, false);
+  const Plan plan = problem.Run(*gpu_, 3, 1000, false, problem.dims.all_kv_heads());
   EXPECT_EQ(plan.num_remote_picks, -1);
   EXPECT_EQ(plan.query_end, 40);
 }

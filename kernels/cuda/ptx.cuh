@@ -16,6 +16,14 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The lane, in a way that keeps what is computed from it where it stands: not done ahead of a loop,
+// to take registers all through it.
+__device__ __forceinline__ int LaneNow() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // 2^x, to about two units in the last place; 2^-inf = 0.
 __device__ __forceinline__ float Exp2(float x) {
   float y;
@@ -65,25 +73,16 @@ __device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// For `count` arrivals at once.
+__device__ __forceinline__ void BarrierArrive(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count)
+               : "memory");
+}
+
 __device__ __forceinline__ void BarrierArriveExpectBytes(uint32_t barrier, uint32_t num_bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                "r"(num_bytes)
                : "memory");
-}
-
-// Whether the phase of `parity` is complete.
-__device__ __forceinline__ bool BarrierTest(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.b32 %0, 1, 0, done;\n"
-      "}\n"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
 }
 
 // Returns when the phase of `parity` is complete.
@@ -107,6 +106,28 @@ __device__ __forceinline__ void BulkCopy(uint32_t shared_dst, const void* global
           "r"(shared_dst),
       "l"(global_src), "r"(num_bytes), "r"(barrier)
       : "memory");
+}
+
+// A box of a three-dimensional tensor, from the coordinates of its first element on, to shared
+// memory by the copy engine. `map` is the address of a CUtensorMap in a kernel's parameters.
+__device__ __forceinline__ void TensorCopy(uint32_t shared_dst, const void* map, int32_t x,
+                                           int32_t y, int32_t z, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
+      "{%2, %3, %4}], [%5];" ::"r"(shared_dst),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+
+// Brings bytes at a 16-byte aligned address to the L2; a multiple of 16 of them.
+__device__ __forceinline__ void PrefetchL2(const void* global, uint32_t num_bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(num_bytes)
+               : "memory");
+}
+
+// Brings the cache line of an address to the L2.
+__device__ __forceinline__ void PrefetchLine(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 // 16 bytes from global to shared memory, asynchronously; zeros when `copy` is false.

@@ -12,17 +12,17 @@
 
 namespace nsa::kernels::cuda {
 
-// A run of tokens of a document, in consecutive rows of one tensor.
-struct TokenRun {
-  const char* rows = nullptr;  // of the token asked for; null: no segment covers it
-  int64_t row_bytes = 0;
+// Where a run of tokens of a document lies: in consecutive rows of one of two tensors.
+struct TokenPlace {
+  int64_t row = -1;  // of the token asked for; -1: no segment covers it
+  bool is_halo = false;
   int64_t num_tokens =
       0;  // from the token asked for; where nothing covers it, as far as that holds
 };
 
-// Rows of `head` from token `position` of a document on. Any thread.
-__device__ inline TokenRun FindTokens(const TokenRows& tokens, int64_t element_bytes,
-                                      int32_t document, int64_t position, int32_t head) {
+// From token `position` of a document on. Any thread.
+__device__ inline TokenPlace FindPlace(const TokenRows& tokens, int32_t document,
+                                       int64_t position) {
   // The first segment that begins after `position`.
   int32_t low = 0, high = tokens.num_segments;
   while (low < high) {
@@ -40,18 +40,32 @@ __device__ inline TokenRun FindTokens(const TokenRows& tokens, int64_t element_b
     const Segment segment = tokens.segments[low - 1];
     const int64_t offset = position - segment.position;
     if (segment.document == document && offset < segment.num_tokens) {
-      const ConstTensor3& tensor = segment.is_halo != 0 ? tokens.halo : tokens.own;
-      return {static_cast<const char*>(tensor.data) +
-                  ((segment.row + offset) * tensor.row_stride + head * tensor.head_stride) *
-                      element_bytes,
-              tensor.row_stride * element_bytes, segment.num_tokens - offset};
+      return {segment.row + offset, segment.is_halo != 0, segment.num_tokens - offset};
     }
   }
   int64_t num_missing = int64_t{1} << 62;
   if (low < tokens.num_segments && tokens.segments[low].document == document) {
     num_missing = tokens.segments[low].position - position;
   }
-  return {nullptr, 0, num_missing};
+  return {-1, false, num_missing};
+}
+
+// A run of tokens of a document, in consecutive rows of one tensor.
+struct TokenRun {
+  const char* rows = nullptr;  // of the token asked for; null: no segment covers it
+  int64_t row_bytes = 0;
+  int64_t num_tokens = 0;  // as in TokenPlace
+};
+
+// Rows of `head` from token `position` of a document on. Any thread.
+__device__ inline TokenRun FindTokens(const TokenRows& tokens, int64_t element_bytes,
+                                      int32_t document, int64_t position, int32_t head) {
+  const TokenPlace place = FindPlace(tokens, document, position);
+  if (place.row < 0) return {nullptr, 0, place.num_tokens};
+  const ConstTensor3& tensor = place.is_halo ? tokens.halo : tokens.own;
+  return {static_cast<const char*>(tensor.data) +
+              (place.row * tensor.row_stride + head * tensor.head_stride) * element_bytes,
+          tensor.row_stride * element_bytes, place.num_tokens};
 }
 
 // A query, and how many more follow it in the same segment.

@@ -475,7 +475,7 @@ cudaError_t LaunchAttendSummaries(const ScoreAndSelectParams& params,
   AttendArgs args{};
   args.dims = dims;
   args.list = {queries.segments,     queries.documents, scratch.attend_begin,    scratch.next_item,
-               queries.num_segments, dims.num_kv_heads, kAttendRows / group_size};
+               queries.num_segments, queries.kv_heads,  kAttendRows / group_size};
   args.rows = {static_cast<const char*>(queries.q.data),
                queries.q.row_stride * 2,
                queries.q.head_stride * 2,

@@ -41,6 +41,7 @@ class PlainQuery {
         dims_(params.dims),
         shared_(shared),
         group_size_(params.dims.num_q_heads / params.dims.num_kv_heads),
+        kv_head_(params.queries.kv_heads.begin + blockIdx.y),
         best_(best),
         lse_(lse),
         position_(place.position),
@@ -66,7 +67,7 @@ class PlainQuery {
     return left < kChunkHeads ? left : kChunkHeads;
   }
   __device__ int64_t Head(int32_t head) const {
-    return static_cast<int64_t>(blockIdx.y) * group_size_ + head;
+    return static_cast<int64_t>(kv_head_) * group_size_ + head;
   }
 
   __device__ void LoadQueries(int32_t chunk) {
@@ -87,7 +88,7 @@ class PlainQuery {
       const int64_t summary = tile + i / dim;
       to[i / dim][i % dim] = summary < num_visible_
                                  ? from[(first_summary_ + summary) * summaries.row_stride +
-                                        blockIdx.y * summaries.head_stride + i % dim]
+                                        kv_head_ * summaries.head_stride + i % dim]
                                  : uint16_t{0};
     }
   }
@@ -286,7 +287,7 @@ class PlainQuery {
     const int32_t num_selected = dims_.num_selected_blocks;
     int32_t* const to =
         params_.block_indices +
-        (static_cast<int64_t>(blockIdx.x) * dims_.num_kv_heads + blockIdx.y) * num_selected;
+        (static_cast<int64_t>(blockIdx.x) * dims_.num_kv_heads + kv_head_) * num_selected;
     for (int32_t i = lane_; i < num_selected; i += 32) {
       if (num_candidates <= num_selected) {
         to[i] = i < num_candidates ? i : -1;
@@ -311,6 +312,7 @@ class PlainQuery {
   const AttentionDims& dims_;
   Shared& shared_;
   const int32_t group_size_;
+  const int32_t kv_head_;
   uint64_t* const best_;  // [free places]
   float* const lse_;      // [G]
   const int64_t position_;
@@ -343,7 +345,7 @@ cudaError_t Launch(const ScoreAndSelectParams& params, cudaStream_t stream) {
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(num_bytes));
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(params.queries.num_tokens),
-                  static_cast<unsigned>(dims.num_kv_heads));
+                  static_cast<unsigned>(params.queries.kv_heads.size()));
   kernel<<<grid, kThreads, num_bytes, stream>>>(params);
   return cudaGetLastError();
 }

@@ -28,7 +28,7 @@ struct PrepareArgs {
   const Segment* segments;
   int32_t num_documents;
   int32_t num_segments;
-  int32_t num_kv_heads;
+  int32_t first_kv_head;
   int32_t num_tiles;
   int32_t attend_group;  // queries
   int32_t rank_group;
@@ -156,17 +156,17 @@ __device__ void CountGroups(const PrepareArgs& args) {
   }
 }
 
-// Grid: [1 + 2 * tiles, Hkv]. The first CTA of the first head counts groups; of the others, one
-// owns the keys and one the values of a tile.
+// Grid: [1 + 2 * tiles, kv heads]. The first CTA of the first head counts groups; of the others,
+// one owns the keys and one the values of a tile.
 __global__ void __launch_bounds__(kThreads)
     PrepareScoreSelectKernel(const __grid_constant__ PrepareArgs args) {
-  const int32_t head = blockIdx.y;
   if (blockIdx.x == 0) {
-    if (head != 0) return;
+    if (blockIdx.y != 0) return;
     if (threadIdx.x < 2) args.next_item[threadIdx.x] = 0;
     CountGroups(args);
     return;
   }
+  const int32_t head = args.first_kv_head + blockIdx.y;
   const int32_t index = (blockIdx.x - 1) / 2;
   const Tile tile = FindTile(args, index);
   if (tile.num_present == 0) return;
@@ -194,7 +194,7 @@ cudaError_t LaunchPrepareScoreSelect(const ScoreAndSelectParams& params,
   args.segments = params.queries.segments;
   args.num_documents = params.num_documents;
   args.num_segments = params.queries.num_segments;
-  args.num_kv_heads = dims.num_kv_heads;
+  args.first_kv_head = params.queries.kv_heads.begin;
   args.num_tiles = static_cast<int32_t>(scratch.num_tiles);
   args.attend_group = kAttendRows / group_size;
   args.rank_group = kRankRows / kRankWarpRows / RankWarpsPerQuery(group_size);
@@ -202,7 +202,7 @@ cudaError_t LaunchPrepareScoreSelect(const ScoreAndSelectParams& params,
   args.attend_begin = scratch.attend_begin;
   args.rank_begin = scratch.rank_begin;
   const dim3 grid(static_cast<unsigned>(1 + 2 * scratch.num_tiles),
-                  static_cast<unsigned>(dims.num_kv_heads));
+                  static_cast<unsigned>(params.queries.kv_heads.size()));
   PrepareScoreSelectKernel<<<grid, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }

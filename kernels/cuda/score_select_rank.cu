@@ -402,7 +402,7 @@ RankArgs MakeRankArgs(const ScoreAndSelectParams& params, const ScoreSelectScrat
                scratch.rank_begin,
                scratch.next_item + 1,
                queries.num_segments,
-               dims.num_kv_heads,
+               queries.kv_heads,
                kRankRows / kRankWarpRows / warps_per_query};
   const int32_t rows_per_query = warps_per_query * kRankWarpRows;
   args.rows = {static_cast<const char*>(queries.q.data),

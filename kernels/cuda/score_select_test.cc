@@ -177,7 +177,8 @@ void ExpectAgreesWithCpu(const ScoreSelectProblem& problem, const ScoreSelectOut
                                           .segments = segments.data(),
                                           .num_segments = static_cast<int32_t>(segments.size()),
                                           .documents = problem.documents.data(),
-                                          .num_tokens = problem.num_queries()},
+                                          .num_tokens = problem.num_queries(),
+                                          .kv_heads = dims.all_kv_heads()},
                               .kc = {problem.kc.data(), hkv * dk, dk},
                               .vc = {problem.vc.data(), hkv * dv, dv},
                               .num_cmp_blocks = problem.num_cmp_blocks,
@@ -377,6 +378,7 @@ TEST_F(ScoreSelectTest, RefusesTooLittleScratch) {
   ScoreAndSelectParams params{};
   params.dims = problem.dims;
   params.queries.num_tokens = problem.num_tokens;
+  params.queries.kv_heads = params.dims.all_kv_heads();
   params.num_cmp_blocks = problem.num_cmp_blocks;
   params.num_documents = 1;
   EXPECT_EQ(LaunchScoreAndSelect(params, 1, nullptr, 0, nullptr), cudaErrorInvalidValue);

@@ -19,7 +19,7 @@ struct WorkList {
   const int32_t* group_begin;  // [num_segments + 1]
   int32_t* next_item;          // scalar
   int32_t num_segments;
-  int32_t num_kv_heads;
+  HeadRange kv_heads;
   int32_t queries_per_group;
 };
 
@@ -52,8 +52,8 @@ __device__ inline Work TakeWork(const WorkList& list) {
   const int32_t num_groups = list.group_begin[list.num_segments];
   Work work{};
   work.kv_head = -1;
-  if (num_groups == 0 || item / num_groups >= list.num_kv_heads) return work;
-  work.kv_head = item / num_groups;
+  if (num_groups == 0 || item / num_groups >= list.kv_heads.size()) return work;
+  work.kv_head = list.kv_heads.begin + item / num_groups;
   const int32_t group = num_groups - 1 - item % num_groups;
   // The last segment that begins at or before the group, 32 probes at a time.
   int32_t low = 0, high = list.num_segments;

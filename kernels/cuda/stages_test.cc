@@ -331,6 +331,8 @@ TEST_F(StagesTest, LayoutsGiveTheSameBits) {
                      Run(problem, {.segment_tokens = segment_tokens, .use_halo_and_slots = true}),
                      shape.dtype);
     }
+    SCOPED_TRACE("one kv head a call");
+    ExpectSameBits(expected, Run(problem, {.one_kv_head_a_call = true}), shape.dtype);
     SCOPED_TRACE("one query a call");
     const StageProblem small = MakeStageProblem(config, {0, 40, 311}, {.dtype = shape.dtype}, 22);
     ExpectSameBits(Run(small), Run(small, {.one_query_a_call = true}), shape.dtype);

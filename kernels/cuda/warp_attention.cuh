@@ -14,34 +14,91 @@
 namespace nsa::kernels::cuda {
 
 constexpr int kTileKeys = 64;
+constexpr int kTileRows = 16;
 
-// q of a warp's rows as operands of the matrix instructions, in registers.
+// q of a warp's rows in registers.
 template <int kDk>
 class RegisterQ {
  public:
-  __device__ void Set(int group, int row, const uint4& values) { q_[group][row] = values; }
-  __device__ const uint4& Get(int group, int row) const { return q_[group][row]; }
+  // row_at(i): address of row i, null for one that is to be zero.
+  template <class RowAt>
+  __device__ void Load(const RowAt& row_at) {
+    const int lane = LaneNow();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const char* const row = row_at(lane / 4 + 8 * r);
+#pragma unroll
+      for (int group = 0; group < kDk / 32; ++group) {
+        rows_[group][r] = make_uint4(0, 0, 0, 0);
+        if (row != nullptr) {
+          rows_[group][r] = reinterpret_cast<const uint4*>(row)[group * 4 + lane % 4];
+        }
+      }
+    }
+  }
+
+  // A matrix instruction wants its operand in four registers in a row, and here the values of two
+  // rows take turns: they have to move. A shuffle moves them once; a plain copy the compiler would
+  // do over before every use.
+  __device__ void WaitUntilLoaded() {
+    const int lane = threadIdx.x % 32;
+    const auto move = [&](uint32_t value) { return __shfl_sync(kFullWarp, value, lane); };
+#pragma unroll
+    for (int group = 0; group < kDk / 32; ++group) {
+      const uint4 &low = rows_[group][0], &high = rows_[group][1];
+      operands_[2 * group] = {move(low.x), move(high.x), move(low.y), move(high.y)};
+      operands_[2 * group + 1] = {move(low.z), move(high.z), move(low.w), move(high.w)};
+    }
+  }
+
+  // Operands of dimensions [32 * group, 32 * group + 32), as the layout of records orders them.
+  __device__ void Get(int group, uint4 (&operands)[2]) const {
+    operands[0] = operands_[2 * group];
+    operands[1] = operands_[2 * group + 1];
+  }
   __device__ static constexpr int num_groups() { return kDk / 32; }
 
  private:
-  uint4 q_[kDk / 32][2];
+  uint4 rows_[kDk / 32][2];
+  uint4 operands_[kDk / 16];
 };
 
-// The same in shared memory, for any Dk; each lane reads what it wrote.
+// The same in shared memory, for any Dk, loaded asynchronously; each lane reads what it loaded.
 class SharedQ {
  public:
-  // `memory` is of this warp, Dk * 32 bytes.
-  __device__ SharedQ(uint4* memory, int head_dim)
-      : memory_(memory + threadIdx.x % 32), num_groups_(head_dim / 32) {}
-  __device__ void Set(int group, int row, const uint4& values) {
-    memory_[(group * 2 + row) * 32] = values;
+  // `memory` is of this warp, kTileRows * Dk * 2 bytes. `anywhere` may be read.
+  __device__ SharedQ(uint4* memory, int head_dim, const void* anywhere)
+      : memory_(memory + threadIdx.x % 32), num_groups_(head_dim / 32), anywhere_(anywhere) {}
+
+  template <class RowAt>
+  __device__ void Load(const RowAt& row_at) {
+    const int lane = LaneNow();
+    for (int r = 0; r < 2; ++r) {
+      const char* const row = row_at(lane / 4 + 8 * r);
+      const char* const from =
+          row != nullptr ? row + lane % 4 * 16 : static_cast<const char*>(anywhere_);
+      for (int group = 0; group < num_groups_; ++group) {
+        CopyAsync16(SharedAddress(Place(group, r)), row != nullptr ? from + group * 64 : from,
+                    row != nullptr);
+      }
+    }
+    CopyAsyncCommit();
   }
-  __device__ uint4 Get(int group, int row) const { return memory_[(group * 2 + row) * 32]; }
+  __device__ void WaitUntilLoaded() const { CopyAsyncWait<0>(); }
+
+  __device__ void Get(int group, uint4 (&operands)[2]) const {
+    const uint4 low = *Place(group, 0), high = *Place(group, 1);
+    operands[0] = make_uint4(low.x, high.x, low.y, high.y);
+    operands[1] = make_uint4(low.z, high.z, low.w, high.w);
+  }
   __device__ int num_groups() const { return num_groups_; }
 
  private:
-  uint4* memory_;
-  int num_groups_;
+  __device__ uint4* Place(int group, int r) const { return memory_ + (group * 2 + r) * 32; }
+
+  uint4* const memory_;
+  const int num_groups_;
+  const void* const anywhere_;
 };
 
 // Keys of a tile that each of a lane's two rows sees.
@@ -85,14 +142,15 @@ class WarpAttention {
     const uint32_t k_lane = k + lane * 16;
 #pragma unroll
     for (int group = 0; group < q.num_groups(); ++group) {
-      const uint4 low = q.Get(group, 0), high = q.Get(group, 1);
+      uint4 a[2];
+      q.Get(group, a);
 #pragma unroll
       for (int j = 0; j < kTileKeys / 8; ++j) {
         if (kWidth == 0 && j * 8 >= num_keys) break;
         uint32_t b[4];
         LoadMatrices(b, k_lane + (j * q.num_groups() + group) * 512);
-        MultiplyAdd<T>(s[j], low.x, high.x, low.y, high.y, b[0], b[1]);
-        MultiplyAdd<T>(s[j], low.z, high.z, low.w, high.w, b[2], b[3]);
+        MultiplyAdd<T>(s[j], a[0].x, a[0].y, a[0].z, a[0].w, b[0], b[1]);
+        MultiplyAdd<T>(s[j], a[1].x, a[1].y, a[1].z, a[1].w, b[2], b[3]);
       }
     }
 

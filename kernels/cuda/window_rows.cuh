@@ -10,13 +10,12 @@
 
 namespace nsa::kernels::cuda {
 
-constexpr int kWindowTileRows = 128;
-
-// Tiles of all kv heads, one kv head after another.
+// Tiles of the kv heads of a call, one kv head after another.
+template <int kTileRows>
 __host__ __device__ inline int64_t NumWindowTiles(const AttendWindowParams& params) {
   const int32_t group_size = params.dims.num_q_heads / params.dims.num_kv_heads;
   const int64_t num_rows = params.queries.num_tokens * group_size;
-  return (num_rows + kWindowTileRows - 1) / kWindowTileRows * params.dims.num_kv_heads;
+  return (num_rows + kTileRows - 1) / kTileRows * params.queries.kv_heads.size();
 }
 
 // Rows [begin, end) of a tile, all of one document; rows are counted inside the tile.
@@ -47,17 +46,17 @@ struct WindowRun {
 };
 
 // Calls visit(run) for each run of tile `index`. All lanes of a warp.
-template <class Visit>
+template <int kTileRows, class Visit>
 __device__ inline void ForEachRun(const AttendWindowParams& params, int64_t index,
                                   const Visit& visit) {
   const AttentionDims& dims = params.dims;
-  const int64_t num_row_tiles = NumWindowTiles(params) / dims.num_kv_heads;
+  const int64_t num_row_tiles = NumWindowTiles<kTileRows>(params) / params.queries.kv_heads.size();
   WindowRun run;
   run.group_size = dims.num_q_heads / dims.num_kv_heads;
-  run.kv_head = static_cast<int32_t>(index / num_row_tiles);
-  const int64_t first = index % num_row_tiles * kWindowTileRows;
+  run.kv_head = params.queries.kv_heads.begin + static_cast<int32_t>(index / num_row_tiles);
+  const int64_t first = index % num_row_tiles * kTileRows;
   const int64_t num_left = params.queries.num_tokens * run.group_size - first;
-  const int32_t num_rows = static_cast<int32_t>(min(num_left, int64_t{kWindowTileRows}));
+  const int32_t num_rows = static_cast<int32_t>(min(num_left, int64_t{kTileRows}));
   run.first_query = first / run.group_size;
   run.first_row = static_cast<int32_t>(first % run.group_size);
   for (run.begin = 0; run.begin < num_rows; run.begin = run.end) {

@@ -40,6 +40,7 @@ absl::StatusOr<int64_t> FetchBlocks(PassContext& context, const kernels::Queries
                   .ordinal = context.Table<int32_t>(context.tables.slc_ordinal),
                   .blocks_of_rank = context.Table<int64_t>(context.tables.slc_blocks_of_rank),
                   .num_blocks = context.blocks.num_slc_blocks,
+                  .num_ranks = context.plan.num_ranks(),
                   .this_rank = context.rank_plan.rank},
        .record_bytes = layout.record_bytes,
        .query_begin = query_begin,
@@ -50,7 +51,8 @@ absl::StatusOr<int64_t> FetchBlocks(PassContext& context, const kernels::Queries
        .num_slots = num_slots,
        .query_end = reinterpret_cast<int64_t*>(counter(offsetof(FetchCounters, query_end))),
        .num_remote_picks =
-           reinterpret_cast<int64_t*>(counter(offsetof(FetchCounters, num_remote_picks)))},
+           reinterpret_cast<int64_t*>(counter(offsetof(FetchCounters, num_remote_picks))),
+       .slots_of_rank = nullptr},
       stream));
   NSA_RETURN_IF_ERROR(context.records->Gather(
       {.peers = peers, .offsets = offsets, .count = num_slots, .max_count = layout.fetch_capacity},

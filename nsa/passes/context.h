@@ -110,7 +110,8 @@ inline kernels::Queries QueriesOf(const PassContext& context, const ForwardInput
           .segments = context.Table<kernels::Segment>(context.tables.query_segments),
           .num_segments = static_cast<int32_t>(context.rank_plan.query_segments.size()),
           .documents = context.Documents(),
-          .num_tokens = context.rank_plan.num_tokens};
+          .num_tokens = context.rank_plan.num_tokens,
+          .kv_heads = context.dims.all_kv_heads()};
 }
 
 }  // namespace nsa
