@@ -148,7 +148,8 @@ class Forward {
                                     .num_documents = 1,
                                     .o_cmp = Output(o_cmp_),
                                     .lse_cmp = nullptr,
-                                    .block_indices = indices_.as<int32_t>()},
+                                    .block_indices = indices_.as<int32_t>(),
+                                    .scratch = nullptr},
                                    nullptr));
   }
   void Plan() {

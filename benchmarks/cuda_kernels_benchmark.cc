@@ -195,6 +195,7 @@ class Benchmark {
                                          nullptr);
          });
 
+    void* const scratch = Memory(kernels_->ScoreScratchBytes(dims_, {num_tokens_, 1, num_cmp, 1}));
     auto* const indices = static_cast<int32_t*>(Memory(num_tokens_ * hkv * n * 4));
     // Scores once more than the pairs' keys and values.
     const double cmp_pairs = double(num_tokens_) * num_tokens_ / 2 / dims_.compress_stride_tokens;
@@ -208,7 +209,8 @@ class Benchmark {
                                             .num_documents = 1,
                                             .o_cmp = o_cmp,
                                             .lse_cmp = nullptr,
-                                            .block_indices = indices},
+                                            .block_indices = indices,
+                                            .scratch = scratch},
                                            nullptr);
          });
 

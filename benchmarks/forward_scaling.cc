@@ -73,7 +73,7 @@ absl::StatusOr<Measured> Measure(int64_t num_tokens) {
   if (!status.ok()) return status;
   measured.seconds = absl::ToDoubleSeconds(absl::Now() - begin);
   measured.cpu_seconds = ProcessorSeconds() - cpu_begin;
-  measured.flops = (*engine)->last_stats().flops();
+  measured.flops = (*engine)->LastStats()->flops();
   return measured;
 }
 

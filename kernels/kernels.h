@@ -25,6 +25,20 @@ class Memory {
   virtual void* data() = 0;
 };
 
+// Work in order, beside that of other streams.
+class Stream {
+ public:
+  virtual ~Stream() = default;
+  virtual void* get() = 0;  // what the `stream` parameters take
+};
+
+// A point in the work of a stream.
+class Event {
+ public:
+  virtual ~Event() = default;
+};
+enum class EventUse { kOrder, kTime };
+
 class Kernels {
  public:
   virtual ~Kernels() = default;
@@ -43,9 +57,25 @@ class Kernels {
   // Returns when all work enqueued on `stream` is done.
   virtual absl::Status Synchronize(void* stream) = 0;
 
+  virtual absl::StatusOr<std::unique_ptr<Stream>> CreateStream() = 0;
+  virtual absl::StatusOr<std::unique_ptr<Event>> CreateEvent(EventUse use) = 0;
+  // `event` becomes the point behind everything that was enqueued on `stream`.
+  virtual absl::Status Record(Event& event, void* stream) = 0;
+  // What is enqueued on `stream` from now on begins after `event` (kOrder), as last recorded. While
+  // a graph is captured, only events of that capture count: the graph's owner has to see to it that
+  // what came before has ended when the graph is launched.
+  virtual absl::Status WaitFor(Event& event, void* stream) = 0;
+  // Of two events (kTime) that have been reached; FailedPrecondition when one has not.
+  virtual absl::StatusOr<double> SecondsBetween(Event& begin, Event& end) = 0;
+  // A name for profilers to show over what is enqueued until EndRange.
+  virtual void BeginRange(const char* /*name*/) {}
+  virtual void EndRange() {}
+
   virtual absl::Status CopyRows(const CopyRowsParams& params, void* stream) = 0;
   virtual absl::Status Compress(const CompressParams& params, void* stream) = 0;
   virtual absl::Status PackBlocks(const PackBlocksParams& params, void* stream) = 0;
+  // Of ScoreAndSelectParams::scratch, for every call within `limits`.
+  virtual int64_t ScoreScratchBytes(const AttentionDims& dims, const ScoreLimits& limits) const = 0;
   virtual absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, void* stream) = 0;
   virtual absl::Status PlanFetch(const PlanFetchParams& params, void* stream) = 0;
   virtual absl::Status AttendSelected(const AttendSelectedParams& params, void* stream) = 0;

@@ -84,6 +84,14 @@ struct Queries {
   HeadRange kv_heads;         // of Hkv
 };
 
+// What the scratch of ScoreAndSelect grows with; upper bounds do.
+struct ScoreLimits {
+  int64_t num_tokens;      // T
+  int32_t num_segments;    // of the queries
+  int64_t num_cmp_blocks;  // N
+  int32_t num_documents;
+};
+
 // Stages 4 and 5: compressed attention (NSA equations 5 and 7), importance (8 to 10), top-n (11,
 // 12).
 struct ScoreAndSelectParams {
@@ -96,6 +104,7 @@ struct ScoreAndSelectParams {
   Tensor3 o_cmp;           // [T,Hq,Dv] dims.dtype; 0 for a query that sees no block
   float* lse_cmp;          // [T,Hq] natural log, nullable; -inf for a query that sees no block
   int32_t* block_indices;  // [T,Hkv,n] ascending, counted in the query's document, -1 padded
+  void* scratch;  // ScoreScratchBytes; 256-byte aligned; not shared with a call beside this
 };
 
 // Who owns which select block: rank and place in the owner's window of records.

@@ -1,9 +1,11 @@
 #include "nsa/engine.h"
 
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "nsa/passes/agreement.h"
+#include "nsa/passes/block_fetch.h"
 #include "nsa/passes/context.h"
 #include "nsa/passes/forward.h"
 #include "nsa/passes/inputs.h"
@@ -20,27 +22,35 @@ class EngineImpl final : public Engine {
                        void* stream) override {
     PassContext& context = *context_;
     context.stats = FreshStats(inputs);
-    {
-      const StageScope scope(context, "agree");
-      NSA_RETURN_IF_ERROR(
-          Agree(*context.communicator,
-                CheckForward(context.options, context.rank_plan.num_tokens, inputs, outputs),
-                FieldsOfCall(inputs)));
-    }
-    absl::Status status = RunForward(context, inputs, outputs, stream);
-    // A failure of this rank alone would leave the others waiting for it. When the communicator is
-    // what failed, they learn of it by themselves.
-    if (!status.ok() && context.communicator->HealthCheck().ok()) {
-      context.communicator->Abort(status.ToString());
-    }
-    return status;
+    NSA_RETURN_IF_ERROR(AgreeOnCall(inputs, outputs, stream));
+    absl::Status status = context.kernels->WaitFor(*context.done, stream);
+    if (status.ok()) status = RunForward(context, inputs, outputs, stream);
+    if (status.ok()) status = context.kernels->Record(*context.done, stream);
+    // A failure of this rank alone would leave the others waiting for it.
+    return AbortOnError(std::move(status));
   }
 
-  const RankStats& last_stats() const override { return context_->stats; }
+  absl::StatusOr<RankStats> LastStats() override {
+    PassContext& context = *context_;
+    RankStats stats = context.stats;
+    void* const beside = context.beside->get();
+    NSA_RETURN_IF_ERROR(context.kernels->WaitFor(*context.done, beside));
+    NSA_RETURN_IF_ERROR(context.kernels->Synchronize(beside));
+    NSA_RETURN_IF_ERROR(context.stages.Read(stats));
+    const bool has_counters =
+        context.rank_plan.num_remote_slc_blocks > 0 && context.layout.kv_heads_a_piece > 0;
+    for (int piece = 0; has_counters && piece < stats.query_pieces(); ++piece) {
+      absl::StatusOr<int64_t> end = ReadFetchCounters(context, piece, beside, stats);
+      if (!end.ok()) return end.status();
+    }
+    return stats;
+  }
 
   absl::StatusOr<ForwardStats> GatherStats() override {
+    const absl::StatusOr<RankStats> mine = LastStats();
+    if (!mine.ok()) return AbortOnError(mine.status());
     absl::StatusOr<std::vector<std::string>> all =
-        context_->communicator->HostAllGather(context_->stats.SerializeAsString());
+        context_->communicator->HostAllGather(mine->SerializeAsString());
     if (!all.ok()) return all.status();
     ForwardStats stats;
     for (size_t rank = 0; rank < all->size(); ++rank) {
@@ -65,6 +75,30 @@ class EngineImpl final : public Engine {
   const BlockMap& block_map() const override { return context_->blocks; }
 
  private:
+  // When the communicator is what failed, the others learn of it by themselves.
+  absl::Status AbortOnError(absl::Status status) {
+    comm::Communicator& communicator = *context_->communicator;
+    if (!status.ok() && communicator.HealthCheck().ok()) communicator.Abort(status.ToString());
+    return status;
+  }
+
+  absl::Status AgreeOnCall(const ForwardInputs& inputs, const ForwardOutputs& outputs,
+                           void* stream) {
+    PassContext& context = *context_;
+    NSA_RETURN_IF_ERROR(context.stages.Start(stream));
+    const absl::Status mine =
+        CheckForward(context.options, context.rank_plan.num_tokens, inputs, outputs);
+    FieldList fields = FieldsOfCall(inputs);
+    if (!context.options.agree_in_every_call && fields == agreed_fields_) {
+      NSA_RETURN_IF_ERROR(context.communicator->HealthCheck());
+      return AbortOnError(mine);
+    }
+    const StageScope scope(context.stages, "agree");
+    NSA_RETURN_IF_ERROR(Agree(*context.communicator, mine, fields));
+    agreed_fields_ = std::move(fields);
+    return absl::OkStatus();
+  }
+
   RankStats FreshStats(const ForwardInputs& inputs) const {
     RankStats stats;
     stats.set_rank(context_->rank_plan.rank);
@@ -84,6 +118,7 @@ class EngineImpl final : public Engine {
   }
 
   std::unique_ptr<PassContext> context_;
+  FieldList agreed_fields_;  // of the last call whose arguments were compared
 };
 
 // What this rank can tell to be wrong without the others.
@@ -111,6 +146,34 @@ FieldList FieldsToAgreeOn(const EngineOptions& options, const ShardPlan& plan) {
   return fields;
 }
 
+// Where the blocks that this rank owns lie; -1 for others. [Hkv,B]
+std::vector<int32_t> OwnLocations(const PassContext& context) {
+  const BlockMap& blocks = context.blocks;
+  std::vector<int32_t> locations;
+  for (int32_t head = 0; head < context.dims.num_kv_heads; ++head) {
+    for (int64_t block = 0; block < blocks.num_slc_blocks; ++block) {
+      const int64_t record =
+          head * context.rank_plan.num_own_slc_blocks + blocks.slc_ordinal[block];
+      const bool is_own = blocks.slc_owner[block] == context.rank_plan.rank;
+      locations.push_back(is_own ? static_cast<int32_t>(record) : -1);
+    }
+  }
+  return locations;
+}
+
+absl::Status PrepareStreams(PassContext& context) {
+  absl::StatusOr<std::unique_ptr<kernels::Stream>> beside = context.kernels->CreateStream();
+  if (!beside.ok()) return beside.status();
+  context.beside = *std::move(beside);
+  for (std::unique_ptr<kernels::Event>* event : {&context.forked, &context.joined, &context.done}) {
+    absl::StatusOr<std::unique_ptr<kernels::Event>> made =
+        context.kernels->CreateEvent(kernels::EventUse::kOrder);
+    if (!made.ok()) return made.status();
+    *event = *std::move(made);
+  }
+  return absl::OkStatus();
+}
+
 // Fills in everything that needs no other rank.
 absl::Status PrepareLocally(PassContext& context) {
   const NsaConfig& config = context.options.config;
@@ -121,10 +184,13 @@ absl::Status PrepareLocally(PassContext& context) {
   context.tables = MakePlanTables(context.rank_plan, context.blocks);
   context.summary_runs = SummaryRuns(config, context.dims, context.plan, context.blocks);
   context.attention_flops = AttentionFlopsOfRank(config, context.rank_plan);
-  absl::StatusOr<WorkspaceLayout> layout = MakeWorkspaceLayout(
-      context.dims, context.rank_plan, context.blocks,
-      static_cast<int64_t>(context.tables.bytes.size()), context.kernels->RecordBytes(context.dims),
-      context.options.fetch_budget_bytes);
+  absl::StatusOr<WorkspaceLayout> layout =
+      MakeWorkspaceLayout(context.dims, context.rank_plan, context.blocks,
+                          static_cast<int64_t>(context.tables.bytes.size()),
+                          {context.kernels->RecordBytes(context.dims),
+                           context.kernels->ScoreScratchBytes(
+                               context.dims, ScoreLimitsOf(context.rank_plan, context.blocks))},
+                          context.options.fetch_budget_bytes);
   if (!layout.ok()) return layout.status();
   context.layout = *layout;
   absl::StatusOr<std::unique_ptr<kernels::Memory>> workspace =
@@ -134,7 +200,13 @@ absl::Status PrepareLocally(PassContext& context) {
   NSA_RETURN_IF_ERROR(context.kernels->CopyFromHost(
       context.Buffer(kTablesBuffer), context.tables.bytes.data(),
       static_cast<int64_t>(context.tables.bytes.size()), /*stream=*/nullptr));
-  return context.kernels->Synchronize(/*stream=*/nullptr);
+  // A rank that nothing remote is visible to never plans a fetch.
+  const std::vector<int32_t> locations = OwnLocations(context);
+  NSA_RETURN_IF_ERROR(context.kernels->CopyFromHost(
+      context.Buffer(kLocationsBuffer), locations.data(),
+      static_cast<int64_t>(locations.size() * sizeof(int32_t)), /*stream=*/nullptr));
+  NSA_RETURN_IF_ERROR(context.kernels->Synchronize(/*stream=*/nullptr));
+  return PrepareStreams(context);
 }
 
 }  // namespace

@@ -30,10 +30,18 @@ namespace nsa {
 struct EngineOptions {
   NsaConfig config;
   DType dtype = DType::kBF16;  // of q, k, v, o and of the summaries
-  // Upper bound of the memory for fetched blocks, per rank. When the blocks that a rank's queries
-  // select do not fit, the queries are processed in pieces. At least one query's worth:
-  // num_selected_blocks * num_kv_heads records.
+  // Upper bound of the memory for fetched blocks, per rank. When the remote blocks of all kv heads
+  // do not fit, kv heads are processed some at a time; when those of one head do not, queries are,
+  // and the host waits for each piece. At least one query's worth: num_selected_blocks *
+  // num_kv_heads records.
   int64_t fetch_budget_bytes = int64_t{1} << 30;
+  // Compare the ranks' arguments in every call: the host of each rank waits for all others. False:
+  // in the first call, and in one whose arguments differ in more than their data from those of this
+  // rank's call before. A mistake of one rank alone then breaks the communicator on all.
+  bool agree_in_every_call = true;
+  // Measure when each stage ran, for LastStats and GatherStats. Costs about a percent of a call of
+  // 8k tokens on a GPU.
+  bool time_stages = false;
   // Called on the host at the start of each stage of a call, e.g. to show progress. Must not call
   // the engine.
   std::function<void(absl::string_view stage)> on_stage = nullptr;
@@ -97,13 +105,18 @@ class Engine {
 
   // Collective. InvalidArgument on every rank when any rank's tensors are wrong; the engine stays
   // usable then. Any other error breaks the communicator on every rank (see comm/communicator.h).
-  // `stream`: the stream of the kernels' device; host kernels ignore it and have finished on
-  // return.
+  // `stream`: of the kernels' device; host kernels ignore it and have finished on return. On a GPU
+  // the call enqueues, allocates nothing and, unless the fetch budget is below one kv head's remote
+  // blocks, waits on the host for no more than the comparison of arguments. Calls of one engine run
+  // in the order they are made in, on whatever streams. A call may be captured in a CUDA graph
+  // where the communicator's can: then all ranks capture and launch the same calls, and what was
+  // enqueued before must have ended when the graph is launched.
   virtual absl::Status Forward(const ForwardInputs& inputs, const ForwardOutputs& outputs,
                                void* stream = nullptr) = 0;
 
-  // What the last Forward of this rank moved and took.
-  virtual const RankStats& last_stats() const = 0;
+  // What the last Forward of this rank, or the last launch of a graph of it, moved and took. Waits
+  // for its end (a graph's: its owner does).
+  virtual absl::StatusOr<RankStats> LastStats() = 0;
   // Collective: the same of all ranks, block_bytes_sent filled in.
   virtual absl::StatusOr<ForwardStats> GatherStats() = 0;
 

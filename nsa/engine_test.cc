@@ -244,14 +244,25 @@ TEST_F(EngineTest, FailureOfOneRankInTheMiddleReachesTheOthersAtOnce) {
 
 TEST_F(EngineTest, StagesAreAnnouncedInOrder) {
   std::vector<std::string> stages;
+  ranks_[1].options.time_stages = true;
   ranks_[1].options.on_stage = [&stages](absl::string_view stage) {
     stages.push_back(std::string(stage));
   };
   Create();
   for (const absl::Status& status : Forward()) ASSERT_TRUE(status.ok()) << status;
-  EXPECT_THAT(stages, ::testing::ElementsAre("agree", "halo", "compress", "pack", "all-gather",
-                                             "window", "score+select", "fetch", "attend+gate"));
-  EXPECT_EQ(ranks_[1].engine->last_stats().stages_size(), static_cast<int>(stages.size()));
+  EXPECT_THAT(stages, ::testing::ElementsAre("agree", "halo", "compress", "all-gather", "pack",
+                                             "score+select", "fetch", "window", "attend+gate"));
+  const absl::StatusOr<RankStats> stats = ranks_[1].engine->LastStats();
+  ASSERT_TRUE(stats.ok()) << stats.status();
+  ASSERT_EQ(stats->stages_size(), static_cast<int>(stages.size()));
+  double end = 0;
+  for (int i = 0; i < stats->stages_size(); ++i) {
+    const StageSpan& span = stats->stages(i);
+    EXPECT_EQ(span.stage(), stages[i]);
+    EXPECT_GE(span.begin_seconds(), end);  // on a host, one after another
+    EXPECT_GE(span.end_seconds(), span.begin_seconds());
+    end = span.end_seconds();
+  }
 }
 
 }  // namespace

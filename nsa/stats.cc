@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <functional>
+#include <iterator>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 
 namespace nsa {
 namespace {
@@ -56,28 +58,28 @@ std::string LoadTable(const ForwardStats& stats) {
   std::vector<std::string> stages;  // of all ranks, in order of first appearance
   for (const RankStats& rank : stats.ranks()) {
     mean_flops += rank.flops() / stats.ranks_size();
-    for (const StageTime& time : rank.stages()) {
-      if (std::find(stages.begin(), stages.end(), time.stage()) == stages.end()) {
-        stages.push_back(time.stage());
+    for (const StageSpan& span : rank.stages()) {
+      if (std::find(stages.begin(), stages.end(), span.stage()) == stages.end()) {
+        stages.push_back(span.stage());
       }
     }
   }
   std::vector<Row> rows(1, {"rank", "GFLOP", "load"});
-  for (const std::string& stage : stages) rows[0].push_back(stage + " s");
-  rows[0].push_back("total s");
+  for (const std::string& stage : stages) rows[0].push_back(stage + " ms");
+  if (!stages.empty()) rows[0].push_back("total ms");
   for (const RankStats& rank : stats.ranks()) {
     Row row = {absl::StrCat(rank.rank()), absl::StrFormat("%.1f", rank.flops() * 1e-9),
                absl::StrFormat("%.2f", mean_flops > 0 ? rank.flops() / mean_flops : 0)};
-    double total = 0;
+    double end = 0;
     for (const std::string& stage : stages) {
       double seconds = 0;
-      for (const StageTime& time : rank.stages()) {
-        if (time.stage() == stage) seconds = time.seconds();
+      for (const StageSpan& span : rank.stages()) {
+        if (span.stage() == stage) seconds += span.end_seconds() - span.begin_seconds();
+        end = std::max(end, span.end_seconds());
       }
-      total += seconds;
-      row.push_back(absl::StrFormat("%.3f", seconds));
+      row.push_back(absl::StrFormat("%.3f", seconds * 1e3));
     }
-    row.push_back(absl::StrFormat("%.3f", total));
+    if (!stages.empty()) row.push_back(absl::StrFormat("%.3f", end * 1e3));
     rows.push_back(std::move(row));
   }
   return FormatRows(rows);
@@ -114,6 +116,29 @@ std::string FormatBytes(double num_bytes) {
 
 std::string FormatTable(const ForwardStats& stats) {
   return absl::StrCat(BytesTable(stats), "\n", LoadTable(stats));
+}
+
+std::string FormatChromeTrace(const ForwardStats& stats) {
+  constexpr const char* kTracks[] = {"host", "main", "beside"};
+  std::vector<std::string> events;
+  for (const RankStats& rank : stats.ranks()) {
+    events.push_back(
+        absl::StrFormat(R"({"ph":"M","name":"process_name","pid":%d,"args":{"name":"rank %d"}})",
+                        rank.rank(), rank.rank()));
+    for (int track = 0; track < 3; ++track) {
+      events.push_back(absl::StrFormat(
+          R"({"ph":"M","name":"thread_name","pid":%d,"tid":%d,"args":{"name":"%s"}})", rank.rank(),
+          track, kTracks[track]));
+    }
+    for (const StageSpan& span : rank.stages()) {
+      const auto track = std::find(std::begin(kTracks), std::end(kTracks), span.track());
+      events.push_back(absl::StrFormat(
+          R"({"ph":"X","name":"%s","pid":%d,"tid":%d,"ts":%.3f,"dur":%.3f})", span.stage(),
+          rank.rank(), track - std::begin(kTracks), span.begin_seconds() * 1e6,
+          (span.end_seconds() - span.begin_seconds()) * 1e6));
+    }
+  }
+  return absl::StrCat("{\"traceEvents\":[\n", absl::StrJoin(events, ",\n"), "\n]}\n");
 }
 
 }  // namespace nsa

@@ -10,9 +10,13 @@
 namespace nsa {
 
 // One row a rank and a row of totals: tokens, bytes sent and received by kind, picks before and
-// records after deduplication, pieces, memory; then load (flops and its ratio to the mean) and
-// seconds by stage.
+// records after deduplication, pieces, memory; then load (flops and its ratio to the mean) and,
+// if stages were timed, milliseconds by stage.
 std::string FormatTable(const ForwardStats& stats);
+
+// The stages as a trace in Chrome's JSON format (chrome://tracing, Perfetto): a process a rank, a
+// thread a track. Ranks are aligned at the begin of the call.
+std::string FormatChromeTrace(const ForwardStats& stats);
 
 // Rows of cells as text: columns as wide as their widest cell, right-aligned, two spaces before
 // each.

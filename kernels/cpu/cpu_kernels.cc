@@ -85,8 +85,6 @@ absl::Status CpuKernels::CopyToHost(void* host_dst, const void* src, int64_t num
   return absl::OkStatus();
 }
 
-absl::Status CpuKernels::Synchronize(void* /*stream*/) { return absl::OkStatus(); }
-
 absl::Status CpuKernels::CopyRows(const CopyRowsParams& params, void* /*stream*/) {
   cpu::CopyRows(params);
   return absl::OkStatus();
@@ -98,6 +96,11 @@ absl::Status CpuKernels::Compress(const CompressParams& params, void* /*stream*/
 
 absl::Status CpuKernels::PackBlocks(const PackBlocksParams& params, void* /*stream*/) {
   return cpu::PackBlocks(params, *workers_);
+}
+
+int64_t CpuKernels::ScoreScratchBytes(const AttentionDims& /*dims*/,
+                                      const ScoreLimits& /*limits*/) const {
+  return 0;  // each thread has its own
 }
 
 absl::Status CpuKernels::ScoreAndSelect(const ScoreAndSelectParams& params, void* /*stream*/) {

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/cpu/workers.h"
+#include "kernels/host_order.h"
 #include "kernels/kernels.h"
 
 namespace nsa::kernels {
@@ -19,7 +20,7 @@ struct CpuKernelsOptions {
   int num_threads = 0;  // the caller's included; 0: as many as the host has cores
 };
 
-class CpuKernels : public Kernels {
+class CpuKernels : public HostOrder {
  public:
   static absl::StatusOr<std::unique_ptr<Kernels>> Create(const CpuKernelsOptions& options = {});
 
@@ -31,11 +32,11 @@ class CpuKernels : public Kernels {
                             void* stream) override;
   absl::Status CopyToHost(void* host_dst, const void* src, int64_t num_bytes,
                           void* stream) override;
-  absl::Status Synchronize(void* stream) override;
 
   absl::Status CopyRows(const CopyRowsParams& params, void* stream) override;
   absl::Status Compress(const CompressParams& params, void* stream) override;
   absl::Status PackBlocks(const PackBlocksParams& params, void* stream) override;
+  int64_t ScoreScratchBytes(const AttentionDims& dims, const ScoreLimits& limits) const override;
   absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, void* stream) override;
   absl::Status PlanFetch(const PlanFetchParams& params, void* stream) override;
   absl::Status AttendSelected(const AttendSelectedParams& params, void* stream) override;

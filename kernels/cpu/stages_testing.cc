@@ -103,6 +103,14 @@ class Runner {
     std::vector<float> lse_cmp(tokens * hq, nan), lse_slc = lse_cmp, lse_win = lse_cmp;
     std::vector<int32_t> indices(tokens * hkv * dims_.num_selected_blocks, -7);
 
+    Bytes scratch(kernels_.ScoreScratchBytes(
+                      dims_, {.num_tokens = tokens,
+                              .num_segments = static_cast<int32_t>(query_segments_.size()),
+                              .num_cmp_blocks = num_cmp_blocks_,
+                              .num_documents = static_cast<int32_t>(problem_.documents.size())}) +
+                      1,  // so that it is somewhere
+                  kPoison);
+
     const size_t segments_a_call = layout_.one_query_a_call ? 1 : query_segments_.size();
     const int32_t heads_a_call = layout_.one_kv_head_a_call ? 1 : dims_.num_kv_heads;
     for (size_t s = 0; s < query_segments_.size(); s += segments_a_call) {
@@ -122,7 +130,8 @@ class Runner {
              .num_documents = static_cast<int32_t>(problem_.documents.size()),
              .o_cmp = o_cmp.mutable_view(),
              .lse_cmp = lse_cmp.data(),
-             .block_indices = indices.data()},
+             .block_indices = indices.data(),
+             .scratch = scratch.data()},
             nullptr);
         if (!status.ok()) return status;
         status = kernels_.AttendWindow({.dims = dims_,

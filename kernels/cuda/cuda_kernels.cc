@@ -1,15 +1,18 @@
 #include "kernels/cuda/cuda_kernels.h"
 
 #include <cuda_runtime_api.h>
+#include <nvtx3/nvToolsExt.h>
 
 #include <algorithm>
 #include <initializer_list>
 
 #include "absl/memory/memory.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/record_layout.h"
 #include "kernels/cuda/score_select.h"
 #include "kernels/cuda/status.h"
+#include "kernels/cuda/stream_order.h"
 #include "kernels/cuda/supports.h"
 
 namespace nsa::kernels {
@@ -61,9 +64,7 @@ absl::StatusOr<std::unique_ptr<Kernels>> CudaKernels::Create(const CudaKernelsOp
   if (!num_sms.ok()) return num_sms.status();
   const auto shared_bytes = Attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (!shared_bytes.ok()) return shared_bytes.status();
-  auto scratch = cuda::ScratchPool::Create(device);
-  if (!scratch.ok()) return scratch.status();
-  return absl::WrapUnique(new CudaKernels(device, {*num_sms, *shared_bytes}, *std::move(scratch)));
+  return absl::WrapUnique(new CudaKernels(device, {*num_sms, *shared_bytes}));
 }
 
 absl::Status CudaKernels::Supports(const AttentionDims& dims) const {
@@ -101,6 +102,38 @@ absl::Status CudaKernels::Synchronize(void* stream) {
   return First({scope.status(), NSA_CUDA_STATUS(cudaStreamSynchronize(ToStream(stream)))});
 }
 
+absl::StatusOr<std::unique_ptr<Stream>> CudaKernels::CreateStream() {
+  const cuda::ScopedDevice scope(device_);
+  if (!scope.status().ok()) return scope.status();
+  return cuda::CreateStream(device_);
+}
+
+absl::StatusOr<std::unique_ptr<Event>> CudaKernels::CreateEvent(EventUse use) {
+  const cuda::ScopedDevice scope(device_);
+  if (!scope.status().ok()) return scope.status();
+  return cuda::CreateEvent(device_, use);
+}
+
+absl::Status CudaKernels::Record(Event& event, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  return First({scope.status(), cuda::Record(event, ToStream(stream))});
+}
+
+absl::Status CudaKernels::WaitFor(Event& event, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  return First({scope.status(), cuda::WaitFor(event, ToStream(stream))});
+}
+
+absl::StatusOr<double> CudaKernels::SecondsBetween(Event& begin, Event& end) {
+  const cuda::ScopedDevice scope(device_);
+  if (!scope.status().ok()) return scope.status();
+  return cuda::SecondsBetween(begin, end);
+}
+
+void CudaKernels::BeginRange(const char* name) { nvtxRangePushA(name); }
+
+void CudaKernels::EndRange() { nvtxRangePop(); }
+
 absl::Status CudaKernels::CopyRows(const CopyRowsParams& params, void* stream) {
   const cuda::ScopedDevice scope(device_);
   const absl::Status status = First({scope.status(), CheckAligned("src", params.src)});
@@ -129,20 +162,17 @@ absl::Status CudaKernels::PackBlocks(const PackBlocksParams& params, void* strea
   return NSA_CUDA_STATUS(cuda::LaunchPackBlocks(params, ToStream(stream)));
 }
 
+int64_t CudaKernels::ScoreScratchBytes(const AttentionDims& dims, const ScoreLimits& limits) const {
+  return static_cast<int64_t>(cuda::ScoreSelectScratchBytes(dims, limits));
+}
+
 absl::Status CudaKernels::ScoreAndSelect(const ScoreAndSelectParams& params, void* stream) {
   const cuda::ScopedDevice scope(device_);
   const absl::Status status =
       First({scope.status(), CheckAligned("q", params.queries.q), CheckAligned("kc", params.kc),
              CheckAligned("vc", params.vc), CheckAligned("o_cmp", params.o_cmp)});
   if (!status.ok()) return status;
-  const size_t scratch_bytes = cuda::ScoreSelectScratchBytes(
-      params.dims, {params.queries.num_tokens, params.queries.num_segments, params.num_cmp_blocks,
-                    params.num_documents});
-  const auto scratch = scratch_->Take(scratch_bytes, ToStream(stream));
-  if (!scratch.ok()) return scratch.status();
-  const absl::Status launched = NSA_CUDA_STATUS(cuda::LaunchScoreAndSelect(
-      params, properties_.num_sms, *scratch, scratch_bytes, ToStream(stream)));
-  return First({launched, scratch_->Return(*scratch, ToStream(stream))});
+  return NSA_CUDA_STATUS(cuda::LaunchScoreAndSelect(params, properties_.num_sms, ToStream(stream)));
 }
 
 absl::Status CudaKernels::PlanFetch(const PlanFetchParams& params, void* stream) {

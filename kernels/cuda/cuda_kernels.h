@@ -9,11 +9,9 @@
 
 #include <cstdint>
 #include <memory>
-#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/kernels.h"
 
@@ -38,22 +36,29 @@ class CudaKernels : public Kernels {
                           void* stream) override;
   absl::Status Synchronize(void* stream) override;
 
+  absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override;
+  absl::StatusOr<std::unique_ptr<Event>> CreateEvent(EventUse use) override;
+  absl::Status Record(Event& event, void* stream) override;
+  absl::Status WaitFor(Event& event, void* stream) override;
+  absl::StatusOr<double> SecondsBetween(Event& begin, Event& end) override;
+  void BeginRange(const char* name) override;  // of NVTX
+  void EndRange() override;
+
   absl::Status CopyRows(const CopyRowsParams& params, void* stream) override;
   absl::Status Compress(const CompressParams& params, void* stream) override;
   absl::Status PackBlocks(const PackBlocksParams& params, void* stream) override;
+  int64_t ScoreScratchBytes(const AttentionDims& dims, const ScoreLimits& limits) const override;
   absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, void* stream) override;
   absl::Status PlanFetch(const PlanFetchParams& params, void* stream) override;
   absl::Status AttendSelected(const AttendSelectedParams& params, void* stream) override;
   absl::Status AttendWindow(const AttendWindowParams& params, void* stream) override;
 
  private:
-  CudaKernels(int device, const cuda::Device& properties,
-              std::unique_ptr<cuda::ScratchPool> scratch)
-      : device_(device), properties_(properties), scratch_(std::move(scratch)) {}
+  CudaKernels(int device, const cuda::Device& properties)
+      : device_(device), properties_(properties) {}
 
   const int device_;
   const cuda::Device properties_;
-  const std::unique_ptr<cuda::ScratchPool> scratch_;
 };
 
 }  // namespace nsa::kernels

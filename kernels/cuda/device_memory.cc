@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <limits>
 
-#include "absl/memory/memory.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/status.h"
 
@@ -69,36 +67,6 @@ absl::StatusOr<std::unique_ptr<Memory>> AllocateDeviceMemory(int device, int64_t
   status = NSA_CUDA_STATUS(cudaStreamSynchronize(nullptr));
   if (!status.ok()) return status;
   return memory;
-}
-
-absl::StatusOr<std::unique_ptr<ScratchPool>> ScratchPool::Create(int device) {
-  cudaMemPoolProps properties = {};
-  properties.allocType = cudaMemAllocationTypePinned;
-  properties.location.type = cudaMemLocationTypeDevice;
-  properties.location.id = device;
-  cudaMemPool_t pool = nullptr;
-  NSA_RETURN_IF_CUDA_ERROR(cudaMemPoolCreate(&pool, &properties));
-  auto scratch = absl::WrapUnique(new ScratchPool(device, pool));
-  uint64_t kept_bytes = std::numeric_limits<uint64_t>::max();
-  NSA_RETURN_IF_CUDA_ERROR(
-      cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept_bytes));
-  return scratch;
-}
-
-ScratchPool::~ScratchPool() { cudaMemPoolDestroy(pool_); }
-
-absl::StatusOr<void*> ScratchPool::Take(int64_t num_bytes, cudaStream_t stream) {
-  void* memory = nullptr;
-  if (num_bytes == 0) return memory;
-  const cudaError_t error = cudaMallocFromPoolAsync(&memory, num_bytes, pool_, stream);
-  if (error == cudaErrorMemoryAllocation) return OutOfMemory(device_, num_bytes);
-  NSA_RETURN_IF_CUDA_ERROR(error);
-  return memory;
-}
-
-absl::Status ScratchPool::Return(void* memory, cudaStream_t stream) {
-  if (memory == nullptr) return absl::OkStatus();
-  return NSA_CUDA_STATUS(cudaFreeAsync(memory, stream));
 }
 
 }  // namespace nsa::kernels::cuda

@@ -163,8 +163,6 @@ absl::Status MirroredKernels::CopyToHost(void* host_dst, const void* src, int64_
   return absl::OkStatus();
 }
 
-absl::Status MirroredKernels::Synchronize(void* /*stream*/) { return absl::OkStatus(); }
-
 absl::Status MirroredKernels::CopyRows(const CopyRowsParams& params, void* /*stream*/) {
   Mirror mirror(*device_);
   const int64_t element_bytes = SizeOf(params.dtype);
@@ -226,6 +224,11 @@ absl::Status MirroredKernels::PackBlocks(const PackBlocksParams& params, void* /
   return mirror.Finish(device_->PackBlocks(p, nullptr));
 }
 
+int64_t MirroredKernels::ScoreScratchBytes(const AttentionDims& dims,
+                                           const ScoreLimits& limits) const {
+  return device_->ScoreScratchBytes(dims, limits);
+}
+
 absl::Status MirroredKernels::ScoreAndSelect(const ScoreAndSelectParams& params, void* /*stream*/) {
   Mirror mirror(*device_);
   const AttentionDims& dims = params.dims;
@@ -242,6 +245,9 @@ absl::Status MirroredKernels::ScoreAndSelect(const ScoreAndSelectParams& params,
   p.lse_cmp = mirror.Out(params.lse_cmp, num_tokens * dims.num_q_heads);
   p.block_indices =
       mirror.Out(params.block_indices, num_tokens * dims.num_kv_heads * dims.num_selected_blocks);
+  p.scratch = mirror.OutBytes(
+      params.scratch, ScoreScratchBytes(dims, {num_tokens, params.queries.num_segments,
+                                               params.num_cmp_blocks, params.num_documents}));
   if (!mirror.status().ok()) return mirror.status();
   return mirror.Finish(device_->ScoreAndSelect(p, nullptr));
 }

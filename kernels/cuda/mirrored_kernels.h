@@ -10,12 +10,13 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/host_order.h"
 #include "kernels/kernels.h"
 
 namespace nsa::kernels::cuda {
 
 // Streams are not passed on: the calls wait.
-class MirroredKernels : public Kernels {
+class MirroredKernels : public HostOrder {
  public:
   explicit MirroredKernels(std::shared_ptr<Kernels> device) : device_(std::move(device)) {}
 
@@ -27,11 +28,11 @@ class MirroredKernels : public Kernels {
                             void* stream) override;
   absl::Status CopyToHost(void* host_dst, const void* src, int64_t num_bytes,
                           void* stream) override;
-  absl::Status Synchronize(void* stream) override;
 
   absl::Status CopyRows(const CopyRowsParams& params, void* stream) override;
   absl::Status Compress(const CompressParams& params, void* stream) override;
   absl::Status PackBlocks(const PackBlocksParams& params, void* stream) override;
+  int64_t ScoreScratchBytes(const AttentionDims& dims, const ScoreLimits& limits) const override;
   absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, void* stream) override;
   absl::Status PlanFetch(const PlanFetchParams& params, void* stream) override;
   absl::Status AttendSelected(const AttendSelectedParams& params, void* stream) override;

@@ -18,7 +18,7 @@ bool AreAligned(const ScoreAndSelectParams& params) {
          IsAligned({o.data, o.row_stride, o.head_stride});
 }
 
-ScoreSelectLimits LimitsOf(const ScoreAndSelectParams& params) {
+ScoreLimits LimitsOf(const ScoreAndSelectParams& params) {
   return {params.queries.num_tokens, params.queries.num_segments, params.num_cmp_blocks,
           params.num_documents};
 }
@@ -41,7 +41,7 @@ bool HasFastScoreSelect(const AttentionDims& dims) {
          dims.select_block_tokens == 4 * dims.compress_stride_tokens;
 }
 
-ScoreSelectScratch CarveScoreSelect(const AttentionDims& dims, const ScoreSelectLimits& limits,
+ScoreSelectScratch CarveScoreSelect(const AttentionDims& dims, const ScoreLimits& limits,
                                     void* base) {
   const auto begin = reinterpret_cast<uintptr_t>(base);
   ScoreSelectScratch scratch{};
@@ -63,18 +63,18 @@ ScoreSelectScratch CarveScoreSelect(const AttentionDims& dims, const ScoreSelect
   return scratch;
 }
 
-size_t ScoreSelectScratchBytes(const AttentionDims& dims, const ScoreSelectLimits& limits) {
+size_t ScoreSelectScratchBytes(const AttentionDims& dims, const ScoreLimits& limits) {
   if (!HasFastScoreSelect(dims)) return 0;
   return CarveScoreSelect(dims, limits, nullptr).num_bytes;
 }
 
-cudaError_t LaunchScoreAndSelect(const ScoreAndSelectParams& params, int num_sms, void* scratch,
-                                 size_t scratch_bytes, cudaStream_t stream) {
+cudaError_t LaunchScoreAndSelect(const ScoreAndSelectParams& params, int num_sms,
+                                 cudaStream_t stream) {
   if (!ScoreSelectSupports(params.dims) || !AreAligned(params)) return cudaErrorInvalidValue;
   if (params.queries.num_tokens == 0) return cudaSuccess;
   if (!HasFastScoreSelect(params.dims)) return LaunchScoreSelectPlain(params, stream);
-  ScoreSelectScratch carved = CarveScoreSelect(params.dims, LimitsOf(params), scratch);
-  if (scratch_bytes < carved.num_bytes) return cudaErrorInvalidValue;
+  if (params.scratch == nullptr) return cudaErrorInvalidValue;
+  ScoreSelectScratch carved = CarveScoreSelect(params.dims, LimitsOf(params), params.scratch);
   if (params.lse_cmp != nullptr) carved.lse = params.lse_cmp;
   cudaError_t error = LaunchPrepareScoreSelect(params, carved, stream);
   if (error == cudaSuccess) error = LaunchAttendSummaries(params, carved, num_sms, stream);

@@ -16,26 +16,18 @@
 
 namespace nsa::kernels::cuda {
 
-// What the scratch of a call grows with; upper bounds do.
-struct ScoreSelectLimits {
-  int64_t num_tokens;      // T
-  int32_t num_segments;    // of the queries
-  int64_t num_cmp_blocks;  // N
-  int32_t num_documents;
-};
-
 // Whether there is a kernel for `dims`: bf16 and f16, and what Validate(NsaConfig) allows.
 // Rows and heads of q, kc, vc and o_cmp must be aligned to 16 bytes.
 bool ScoreSelectSupports(const AttentionDims& dims);
 
 // Bytes of scratch that a call within `limits` needs; 256-byte aligned memory.
-size_t ScoreSelectScratchBytes(const AttentionDims& dims, const ScoreSelectLimits& limits);
+size_t ScoreSelectScratchBytes(const AttentionDims& dims, const ScoreLimits& limits);
 
 // Enqueues the stage. Allocates nothing and never waits, so it can be captured in a graph. Two
-// calls that may run at the same time need scratch of their own. cudaErrorInvalidValue when
-// scratch_bytes is below ScoreSelectScratchBytes of the call's own sizes or dims are not supported.
-cudaError_t LaunchScoreAndSelect(const ScoreAndSelectParams& params, int num_sms, void* scratch,
-                                 size_t scratch_bytes, cudaStream_t stream);
+// calls that may run at the same time need scratch of their own. cudaErrorInvalidValue when there
+// is none and some is needed, or when dims are not supported.
+cudaError_t LaunchScoreAndSelect(const ScoreAndSelectParams& params, int num_sms,
+                                 cudaStream_t stream);
 
 }  // namespace nsa::kernels::cuda
 

@@ -108,30 +108,31 @@ void Run(int64_t num_tokens, int num_sms, const std::vector<uint16_t>& some_q,
   const std::vector<uint16_t> k = RandomValues(num_blocks * kv_row, 2);
   const std::vector<uint16_t> v = RandomValues(num_blocks * kv_row, 3);
   const TestMemory kc(k.data(), k.size() * 2), vc(v.data(), v.size() * 2);
-  const ScoreAndSelectParams params{.dims = dims,
-                                    .queries = {.q = {q.as(), q_row, dims.head_dim_qk},
-                                                .segments = segments.as<Segment>(),
-                                                .num_segments = 1,
-                                                .documents = documents.as<Document>(),
-                                                .num_tokens = num_tokens,
-                                                .kv_heads = dims.all_kv_heads()},
-                                    .kc = {kc.as(), kv_row, dims.head_dim_qk},
-                                    .vc = {vc.as(), kv_row, dims.head_dim_v},
-                                    .num_cmp_blocks = num_blocks,
-                                    .num_documents = 1,
-                                    .o_cmp = {o.as(), q_row, dims.head_dim_v},
-                                    .lse_cmp = lse.as<float>(),
-                                    .block_indices = indices.as<int32_t>()};
-  const ScoreSelectLimits limits{num_tokens, 1, num_blocks, 1};
+  ScoreAndSelectParams params{.dims = dims,
+                              .queries = {.q = {q.as(), q_row, dims.head_dim_qk},
+                                          .segments = segments.as<Segment>(),
+                                          .num_segments = 1,
+                                          .documents = documents.as<Document>(),
+                                          .num_tokens = num_tokens,
+                                          .kv_heads = dims.all_kv_heads()},
+                              .kc = {kc.as(), kv_row, dims.head_dim_qk},
+                              .vc = {vc.as(), kv_row, dims.head_dim_v},
+                              .num_cmp_blocks = num_blocks,
+                              .num_documents = 1,
+                              .o_cmp = {o.as(), q_row, dims.head_dim_v},
+                              .lse_cmp = lse.as<float>(),
+                              .block_indices = indices.as<int32_t>(),
+                              .scratch = nullptr};
+  const ScoreLimits limits{num_tokens, 1, num_blocks, 1};
   const TestMemory scratch(ScoreSelectScratchBytes(dims, limits));
+  params.scratch = scratch.as();
   ScoreSelectScratch carved = CarveScoreSelect(dims, limits, scratch.as());
   carved.lse = params.lse_cmp;
 
   const auto nothing = [] { return cudaSuccess; };
   const auto prepares = [&] { return LaunchPrepareScoreSelect(params, carved, nullptr); };
-  const double all = MedianMilliseconds(flush, nothing, [&] {
-    return LaunchScoreAndSelect(params, num_sms, scratch.as(), scratch.num_bytes(), nullptr);
-  });
+  const double all = MedianMilliseconds(
+      flush, nothing, [&] { return LaunchScoreAndSelect(params, num_sms, nullptr); });
   const double prepare = MedianMilliseconds(flush, nothing, prepares);
   const double attend = MedianMilliseconds(
       flush, prepares, [&] { return LaunchAttendSummaries(params, carved, num_sms, nullptr); });

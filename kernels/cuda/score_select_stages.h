@@ -49,7 +49,7 @@ struct ScoreSelectScratch {
 };
 
 // Offsets from `base`.
-ScoreSelectScratch CarveScoreSelect(const AttentionDims& dims, const ScoreSelectLimits& limits,
+ScoreSelectScratch CarveScoreSelect(const AttentionDims& dims, const ScoreLimits& limits,
                                     void* base);
 
 // Whether the kernels for tensor cores serve `dims`.

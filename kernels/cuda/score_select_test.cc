@@ -185,7 +185,8 @@ void ExpectAgreesWithCpu(const ScoreSelectProblem& problem, const ScoreSelectOut
                               .num_documents = static_cast<int32_t>(problem.documents.size()),
                               .o_cmp = {o.data(), hq * dv, dv},
                               .lse_cmp = lse.data(),
-                              .block_indices = indices.data()},
+                              .block_indices = indices.data(),
+                              .scratch = nullptr},
                              nullptr);
   ASSERT_TRUE(status.ok()) << status;
   EXPECT_TRUE(test::Close("o_cmp", Decode(dims.dtype, o), Decode(dims.dtype, outputs.o), dv,
@@ -372,7 +373,7 @@ TEST_F(ScoreSelectTest, SameBitsAgainAndAgain) {
   }
 }
 
-TEST_F(ScoreSelectTest, RefusesTooLittleScratch) {
+TEST_F(ScoreSelectTest, RefusesNoScratch) {
   const ScoreSelectProblem problem =
       MakeLongProblem(Config(16, 1, 128, 128), DType::kBF16, 64, 64, 63);
   ScoreAndSelectParams params{};
@@ -381,7 +382,7 @@ TEST_F(ScoreSelectTest, RefusesTooLittleScratch) {
   params.queries.kv_heads = params.dims.all_kv_heads();
   params.num_cmp_blocks = problem.num_cmp_blocks;
   params.num_documents = 1;
-  EXPECT_EQ(LaunchScoreAndSelect(params, 1, nullptr, 0, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(LaunchScoreAndSelect(params, 1, nullptr), cudaErrorInvalidValue);
 }
 
 }  // namespace

@@ -115,32 +115,32 @@ ScoreSelectOutputs RunScoreSelect(const ScoreSelectProblem& problem,
   device_lse.Fill(kPoison);
   device_indices.Fill(kPoison - 1);
 
-  const ScoreAndSelectParams params{
-      .dims = dims,
-      .queries = {.q = {device_q.as(), q.stride, dk},
-                  .segments = device_segments.as<Segment>(),
-                  .num_segments = static_cast<int32_t>(segments.size()),
-                  .documents = device_documents.as<Document>(),
-                  .num_tokens = num_queries,
-                  .kv_heads = dims.all_kv_heads()},
-      .kc = {device_kc.as(), kc.stride, dk},
-      .vc = {device_vc.as(), vc.stride, dv},
-      .num_cmp_blocks = problem.num_cmp_blocks,
-      .num_documents = static_cast<int32_t>(problem.documents.size()),
-      .o_cmp = {device_o.as(), o.stride, dv},
-      .lse_cmp = layout.want_lse ? device_lse.as<float>() : nullptr,
-      .block_indices = device_indices.as<int32_t>()};
+  ScoreAndSelectParams params{.dims = dims,
+                              .queries = {.q = {device_q.as(), q.stride, dk},
+                                          .segments = device_segments.as<Segment>(),
+                                          .num_segments = static_cast<int32_t>(segments.size()),
+                                          .documents = device_documents.as<Document>(),
+                                          .num_tokens = num_queries,
+                                          .kv_heads = dims.all_kv_heads()},
+                              .kc = {device_kc.as(), kc.stride, dk},
+                              .vc = {device_vc.as(), vc.stride, dv},
+                              .num_cmp_blocks = problem.num_cmp_blocks,
+                              .num_documents = static_cast<int32_t>(problem.documents.size()),
+                              .o_cmp = {device_o.as(), o.stride, dv},
+                              .lse_cmp = layout.want_lse ? device_lse.as<float>() : nullptr,
+                              .block_indices = device_indices.as<int32_t>(),
+                              .scratch = nullptr};
   const TestMemory scratch(ScoreSelectScratchBytes(
       dims,
       {num_queries, params.queries.num_segments, params.num_cmp_blocks, params.num_documents}));
   scratch.Fill(kPoison);
+  params.scratch = scratch.as();
   int num_sms = 0;
   cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0);
 
   ScoreSelectOutputs outputs;
   outputs.error = layout.plain ? LaunchScoreSelectPlain(params, nullptr)
-                               : LaunchScoreAndSelect(params, num_sms, scratch.as(),
-                                                      scratch.num_bytes(), nullptr);
+                               : LaunchScoreAndSelect(params, num_sms, nullptr);
   if (outputs.error == cudaSuccess) outputs.error = cudaDeviceSynchronize();
   if (outputs.error != cudaSuccess) return outputs;
   outputs.o = Gather<std::byte>(device_o.ToHost(), o.row_bytes, o.stride * 2, place);

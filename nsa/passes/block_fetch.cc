@@ -1,12 +1,18 @@
 #include "nsa/passes/block_fetch.h"
 
-#include <cstddef>
 #include <vector>
 
 namespace nsa {
+namespace {
+
+int64_t CountersOffset(const PassContext& context, int piece) {
+  return piece * FetchCounterBytes(context.plan.num_ranks());
+}
+
+}  // namespace
 
 absl::Status PublishBlocks(PassContext& context, const BranchTokens& tokens, void* stream) {
-  const StageScope scope(context, "pack");
+  const StageScope scope(context.stages, "pack", stream);
   NSA_RETURN_IF_ERROR(context.records->BeginWrite(stream));
   NSA_RETURN_IF_ERROR(context.kernels->PackBlocks(
       {.dims = context.dims,
@@ -21,17 +27,15 @@ absl::Status PublishBlocks(PassContext& context, const BranchTokens& tokens, voi
   return context.records->Publish(stream);
 }
 
-absl::StatusOr<int64_t> FetchBlocks(PassContext& context, const kernels::Queries& queries,
-                                    const int32_t* block_indices, int64_t query_begin,
-                                    void* stream) {
-  const StageScope scope(context, "fetch");
+absl::Status FetchBlocks(PassContext& context, const kernels::Queries& queries,
+                         const int32_t* block_indices, int64_t query_begin, int piece,
+                         void* stream) {
+  const StageScope scope(context.stages, "fetch", stream, StageScope::kBeside);
   const WorkspaceLayout& layout = context.layout;
   int32_t* peers = context.Buffer<int32_t>(kSlotPeersBuffer);
   int64_t* offsets = context.Buffer<int64_t>(kSlotOffsetsBuffer);
-  auto counter = [&context](size_t offset) {
-    return context.Buffer<char>(kFetchCountersBuffer, static_cast<int64_t>(offset));
-  };
-  int32_t* num_slots = reinterpret_cast<int32_t*>(counter(offsetof(FetchCounters, num_slots)));
+  const int64_t counters = CountersOffset(context, piece);
+  FetchCounters* const scalars = context.Buffer<FetchCounters>(kFetchCountersBuffer, counters);
   NSA_RETURN_IF_ERROR(context.kernels->PlanFetch(
       {.dims = context.dims,
        .queries = queries,
@@ -48,32 +52,40 @@ absl::StatusOr<int64_t> FetchBlocks(PassContext& context, const kernels::Queries
        .locations = context.Buffer<int32_t>(kLocationsBuffer),
        .peers = peers,
        .offsets = offsets,
-       .num_slots = num_slots,
-       .query_end = reinterpret_cast<int64_t*>(counter(offsetof(FetchCounters, query_end))),
-       .num_remote_picks =
-           reinterpret_cast<int64_t*>(counter(offsetof(FetchCounters, num_remote_picks))),
-       .slots_of_rank = nullptr},
+       .num_slots = &scalars->num_slots,
+       .query_end = &scalars->query_end,
+       .num_remote_picks = &scalars->num_remote_picks,
+       .slots_of_rank = context.Buffer<int64_t>(kFetchCountersBuffer,
+                                                counters + int64_t{sizeof(FetchCounters)})},
       stream));
-  NSA_RETURN_IF_ERROR(context.records->Gather(
-      {.peers = peers, .offsets = offsets, .count = num_slots, .max_count = layout.fetch_capacity},
-      layout.record_bytes, context.Buffer(kSlotsBuffer), stream));
+  return context.records->Gather({.peers = peers,
+                                  .offsets = offsets,
+                                  .count = &scalars->num_slots,
+                                  .max_count = layout.fetch_capacity},
+                                 layout.record_bytes, context.Buffer(kSlotsBuffer), stream);
+}
 
+absl::StatusOr<int64_t> ReadFetchCounters(PassContext& context, int piece, void* stream,
+                                          RankStats& stats) {
+  const int num_ranks = context.plan.num_ranks();
   FetchCounters counters;
-  NSA_RETURN_IF_ERROR(context.kernels->CopyToHost(&counters, context.Buffer(kFetchCountersBuffer),
-                                                  sizeof(counters), stream));
-  std::vector<int32_t> host_peers(counters.num_slots);
+  std::vector<int64_t> slots_of_rank(num_ranks);
+  const int64_t offset = CountersOffset(context, piece);
   NSA_RETURN_IF_ERROR(context.kernels->CopyToHost(
-      host_peers.data(), peers, counters.num_slots * int64_t{sizeof(int32_t)}, stream));
+      &counters, context.Buffer(kFetchCountersBuffer, offset), sizeof(counters), stream));
+  NSA_RETURN_IF_ERROR(context.kernels->CopyToHost(
+      slots_of_rank.data(),
+      context.Buffer(kFetchCountersBuffer, offset + int64_t{sizeof(counters)}),
+      num_ranks * int64_t{sizeof(int64_t)}, stream));
   NSA_RETURN_IF_ERROR(context.kernels->Synchronize(stream));
-  RankStats& stats = context.stats;
-  for (int32_t peer : host_peers) {
-    stats.set_block_bytes_from_rank(peer, stats.block_bytes_from_rank(peer) + layout.record_bytes);
+  const int64_t record_bytes = context.layout.record_bytes;
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    stats.set_block_bytes_from_rank(
+        rank, stats.block_bytes_from_rank(rank) + slots_of_rank[rank] * record_bytes);
   }
-  stats.set_block_bytes_received(stats.block_bytes_received() +
-                                 counters.num_slots * layout.record_bytes);
+  stats.set_block_bytes_received(stats.block_bytes_received() + counters.num_slots * record_bytes);
   stats.set_records_fetched(stats.records_fetched() + counters.num_slots);
   stats.set_remote_picks(stats.remote_picks() + counters.num_remote_picks);
-  stats.set_query_pieces(stats.query_pieces() + 1);
   return counters.query_end;
 }
 

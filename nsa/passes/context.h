@@ -1,20 +1,18 @@
-// What the steps of a pass share: the plan, the memory, the two backends and this call's
-// statistics.
+// What the steps of a pass share: the plan, the memory, the two backends, the engine's own stream
+// and this call's statistics.
 #ifndef NSA_PASSES_CONTEXT_H_
 #define NSA_PASSES_CONTEXT_H_
 
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <utility>
 #include <vector>
 
-#include "absl/strings/string_view.h"
-#include "absl/time/clock.h"
-#include "absl/time/time.h"
+#include "absl/status/status.h"
 #include "comm/communicator.h"
 #include "kernels/kernels.h"
 #include "nsa/engine.h"
+#include "nsa/passes/stages.h"
 #include "nsa/plan/cost.h"
 #include "nsa/plan/rank_plan.h"
 #include "nsa/plan/sharding.h"
@@ -31,7 +29,8 @@ struct PassContext {
       : options(std::move(options)),
         plan(std::move(plan)),
         communicator(std::move(communicator)),
-        kernels(std::move(kernels)) {}
+        kernels(std::move(kernels)),
+        stages(*this->kernels, this->options.on_stage, this->options.time_stages) {}
 
   EngineOptions options;
   ShardPlan plan;
@@ -47,7 +46,18 @@ struct PassContext {
   ForwardFlops attention_flops;
   std::unique_ptr<kernels::Memory> workspace;
   std::unique_ptr<comm::Window> records;  // [Hkv, own select blocks] records, readable by peers
-  RankStats stats;
+  Stages stages;
+  RankStats stats;  // but for what the device knows: see Engine::LastStats
+
+  // Work beside that of the caller's stream, from Fork to Join.
+  std::unique_ptr<kernels::Stream> beside;
+  std::unique_ptr<kernels::Event> forked, joined;
+  std::unique_ptr<kernels::Event> done;  // the last call
+
+  // What is enqueued on `beside` from now on begins after what `stream` has by now.
+  absl::Status Fork(void* stream) { return Order(*forked, stream, beside->get()); }
+  // What is enqueued on `stream` from now on begins after what `beside` has by now.
+  absl::Status Join(void* stream) { return Order(*joined, beside->get(), stream); }
 
   template <typename T = void>
   T* Buffer(WorkspaceBuffer buffer, int64_t offset_bytes = 0) const {
@@ -60,35 +70,12 @@ struct PassContext {
     return Buffer<const T>(kTablesBuffer, offset_bytes);
   }
   const kernels::Document* Documents() const { return Table<kernels::Document>(tables.documents); }
-};
-
-// Announces a stage and adds the time until its end to the statistics. Host time: with kernels that
-// only enqueue, it is the time to enqueue.
-class StageScope {
- public:
-  StageScope(PassContext& context, absl::string_view stage)
-      : stats_(context.stats), stage_(stage), begin_(absl::Now()) {
-    if (context.options.on_stage) context.options.on_stage(stage);
-  }
-  ~StageScope() {
-    const double seconds = absl::ToDoubleSeconds(absl::Now() - begin_);
-    for (StageTime& time : *stats_.mutable_stages()) {
-      if (time.stage() == stage_) {  // a stage that runs once for each piece of the queries
-        time.set_seconds(time.seconds() + seconds);
-        return;
-      }
-    }
-    StageTime* time = stats_.add_stages();
-    time->set_stage(std::string(stage_));
-    time->set_seconds(seconds);
-  }
-  StageScope(const StageScope&) = delete;
-  StageScope& operator=(const StageScope&) = delete;
 
  private:
-  RankStats& stats_;
-  absl::string_view stage_;
-  absl::Time begin_;
+  absl::Status Order(kernels::Event& event, void* first, void* second) {
+    absl::Status status = kernels->Record(event, first);
+    return status.ok() ? kernels->WaitFor(event, second) : status;
+  }
 };
 
 inline kernels::ConstTensor3 View(const ConstTensor& tensor) {

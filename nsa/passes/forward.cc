@@ -1,11 +1,19 @@
 #include "nsa/passes/forward.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "nsa/passes/block_fetch.h"
 #include "nsa/passes/halo.h"
 #include "nsa/passes/summaries.h"
 
 namespace nsa {
+namespace {
+
+// Streaming multiprocessors that a fetch saturates the links with (16 CTAs that copy in bulk).
+constexpr int32_t kSmsOfFetch = 16;
+
+}  // namespace
 
 // T tokens of this rank, H halo rows, N compression blocks and B select blocks of all documents.
 absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
@@ -32,30 +40,20 @@ absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
   if (!tokens.ok()) return tokens.status();
   const auto& [cmp_tokens, slc_tokens, win_tokens] = *tokens;
 
-  // 2. Own blocks: l tokens each -> kc [.,Hkv,Dk], vc [.,Hkv,Dv]; and, for peers to read in step 6,
-  //    l' tokens each -> records [Hkv, own blocks]
+  // 2. Own blocks: l tokens each -> kc [.,Hkv,Dk], vc [.,Hkv,Dv]
   const Summaries summaries = SummariesOf(context);
   NSA_RETURN_IF_ERROR(Compress(context, inputs, cmp_tokens, summaries, stream));
+
+  // 3. Summaries of all ranks in global block order: kc [N,Hkv,Dk], vc [N,Hkv,Dv]. Beside it, for
+  //    peers to read in step 6: l' tokens each -> records [Hkv, own blocks]
+  NSA_RETURN_IF_ERROR(context.Fork(stream));
+  NSA_RETURN_IF_ERROR(AllGatherSummaries(context, context.beside->get()));
   NSA_RETURN_IF_ERROR(PublishBlocks(context, slc_tokens, stream));
-
-  // 3. Summaries of all ranks in global block order: kc [N,Hkv,Dk], vc [N,Hkv,Dv]
-  NSA_RETURN_IF_ERROR(AllGatherSummaries(context, stream));
-
-  // Beside 3 to 6: tokens (t - w, t] -> o_win [T,Hq,Dv]
-  {
-    const StageScope scope(context, "window");
-    NSA_RETURN_IF_ERROR(kernels.AttendWindow({.dims = dims,
-                                              .queries = queries,
-                                              .k = win_tokens.k,
-                                              .v = win_tokens.v,
-                                              .o_win = o_win,
-                                              .lse_win = outputs.lse_win},
-                                             stream));
-  }
+  NSA_RETURN_IF_ERROR(context.Join(stream));
 
   // 4, 5. q [T,Hq,Dk], kc, vc -> o_cmp [T,Hq,Dv], block indices [T,Hkv,n]
   {
-    const StageScope scope(context, "score+select");
+    const StageScope scope(context.stages, "score+select", stream);
     NSA_RETURN_IF_ERROR(kernels.ScoreAndSelect(
         {.dims = dims,
          .queries = queries,
@@ -65,44 +63,84 @@ absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
          .num_documents = static_cast<int32_t>(context.blocks.documents.size()),
          .o_cmp = o_cmp,
          .lse_cmp = outputs.lse_cmp,
-         .block_indices = block_indices},
+         .block_indices = block_indices,
+         .scratch = context.Buffer(kScoreScratchBuffer)},
         stream));
   }
 
-  // One piece of the queries after another, as many at a time as the fetch budget holds blocks of.
-  for (int64_t begin = 0, end = 0; begin < num_tokens; begin = end) {
+  // In pieces that the fetch budget holds the blocks of: as many kv heads as it can always hold, or
+  // when it cannot be sure of one, as many queries as turn out to fit.
+  const bool fetches = context.rank_plan.num_remote_slc_blocks > 0;
+  const int32_t heads_a_piece = context.layout.kv_heads_a_piece;
+  const bool cuts_queries = heads_a_piece == 0;
+  kernels::Queries piece = queries;
+  piece.kv_heads = {0, cuts_queries ? dims.num_kv_heads : heads_a_piece};
+  int num_pieces = 0;
+  for (int64_t begin = 0, end = num_tokens; piece.kv_heads.size() > 0; ++num_pieces) {
     // 6. Distinct remote (block, kv head) pairs of the piece -> slots
-    absl::StatusOr<int64_t> piece_end = FetchBlocks(context, queries, block_indices, begin, stream);
-    if (!piece_end.ok()) return piece_end.status();
-    end = *piece_end;
-    if (end <= begin) {
-      return absl::InternalError(absl::StrCat("no query fits into the fetch budget at ", begin));
+    if (fetches) {
+      NSA_RETURN_IF_ERROR(context.Fork(stream));
+      NSA_RETURN_IF_ERROR(FetchBlocks(context, piece, block_indices, begin,
+                                      cuts_queries ? 0 : num_pieces, context.beside->get()));
     }
 
+    // Beside the first fetch: tokens (t - w, t] -> o_win [T,Hq,Dv]
+    if (num_pieces == 0) {
+      const StageScope scope(context.stages, "window", stream);
+      NSA_RETURN_IF_ERROR(kernels.AttendWindow({.dims = dims,
+                                                .queries = queries,
+                                                .k = win_tokens.k,
+                                                .v = win_tokens.v,
+                                                .o_win = o_win,
+                                                .lse_win = outputs.lse_win,
+                                                .sms_to_leave = fetches ? kSmsOfFetch : 0},
+                                               stream));
+    }
+    if (fetches && cuts_queries) {
+      absl::StatusOr<int64_t> fetched =
+          ReadFetchCounters(context, 0, context.beside->get(), context.stats);
+      if (!fetched.ok()) return fetched.status();
+      end = *fetched;
+      if (end <= begin) {
+        return absl::InternalError(absl::StrCat("no query fits into the fetch budget at ", begin));
+      }
+    }
+    if (fetches) NSA_RETURN_IF_ERROR(context.Join(stream));
+
     // 7, 8. n blocks a query -> o_slc, gated with o_cmp and o_win into o [T,Hq,Dv]
-    const StageScope scope(context, "attend+gate");
-    NSA_RETURN_IF_ERROR(kernels.AttendSelected(
-        {.dims = dims,
-         .queries = queries,
-         .query_begin = begin,
-         .query_end = end,
-         .block_indices = block_indices,
-         .locations = context.Buffer<int32_t>(kLocationsBuffer),
-         .num_blocks = context.blocks.num_slc_blocks,
-         .own_records = context.records->data(),
-         .num_own_records = context.rank_plan.num_own_slc_blocks * dims.num_kv_heads,
-         .slots = context.Buffer(kSlotsBuffer),
-         .o_slc = View(outputs.o_slc),
-         .lse_slc = outputs.lse_slc,
-         .gate = {.gate = inputs.gate.data,
-                  .gate_dtype = inputs.gate.dtype,
-                  .row_stride = inputs.gate.strides[0],
-                  .head_stride = inputs.gate.strides[1],
-                  .o_cmp = ReadOnly(o_cmp),
-                  .o_win = ReadOnly(o_win),
-                  .o = View(outputs.o)}},
-        stream));
+    {
+      const StageScope scope(context.stages, "attend+gate", stream);
+      NSA_RETURN_IF_ERROR(kernels.AttendSelected(
+          {.dims = dims,
+           .queries = piece,
+           .query_begin = begin,
+           .query_end = end,
+           .block_indices = block_indices,
+           .locations = context.Buffer<int32_t>(kLocationsBuffer),
+           .num_blocks = context.blocks.num_slc_blocks,
+           .own_records = context.records->data(),
+           .num_own_records = context.rank_plan.num_own_slc_blocks * dims.num_kv_heads,
+           .slots = context.Buffer(kSlotsBuffer),
+           .o_slc = View(outputs.o_slc),
+           .lse_slc = outputs.lse_slc,
+           .gate = {.gate = inputs.gate.data,
+                    .gate_dtype = inputs.gate.dtype,
+                    .row_stride = inputs.gate.strides[0],
+                    .head_stride = inputs.gate.strides[1],
+                    .o_cmp = ReadOnly(o_cmp),
+                    .o_win = ReadOnly(o_win),
+                    .o = View(outputs.o)}},
+          stream));
+    }
+
+    if (end < num_tokens) {
+      begin = end;
+    } else {
+      const int32_t next = piece.kv_heads.end;
+      piece.kv_heads = {next, std::min(next + heads_a_piece, dims.num_kv_heads)};
+    }
   }
+  context.stats.set_query_pieces(num_pieces);
   return context.records->Release(stream);
 }
 

@@ -27,7 +27,7 @@ class Cursor {
 absl::StatusOr<std::array<BranchTokens, 3>> ExchangeHalo(PassContext& context,
                                                          const ForwardInputs& inputs,
                                                          void* stream) {
-  const StageScope scope(context, "halo");
+  const StageScope scope(context.stages, "halo", stream);
   const kernels::AttentionDims& dims = context.dims;
   const std::array<BranchInputs, 3> branches = BranchesOf(inputs);
   Cursor received(context.Buffer<char>(kHaloReceivedBuffer));

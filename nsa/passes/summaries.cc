@@ -59,7 +59,7 @@ std::vector<comm::GatherRun> SummaryRuns(const NsaConfig& config,
 
 absl::Status Compress(PassContext& context, const ForwardInputs& inputs, const BranchTokens& tokens,
                       const Summaries& summaries, void* stream) {
-  const StageScope scope(context, "compress");
+  const StageScope scope(context.stages, "compress", stream);
   kernels::CompressParams params = {
       .dims = context.dims,
       .head_dim = context.dims.head_dim_qk,
@@ -79,7 +79,7 @@ absl::Status Compress(PassContext& context, const ForwardInputs& inputs, const B
 }
 
 absl::Status AllGatherSummaries(PassContext& context, void* stream) {
-  const StageScope scope(context, "all-gather");
+  const StageScope scope(context.stages, "all-gather", stream, StageScope::kBeside);
   const int64_t row_bytes = SummaryRowBytes(context.dims);
   const int64_t others = context.communicator->size() - 1;
   int64_t own_bytes = 0;

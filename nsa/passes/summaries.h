@@ -29,7 +29,7 @@ std::vector<comm::GatherRun> SummaryRuns(const NsaConfig& config,
 absl::Status Compress(PassContext& context, const ForwardInputs& inputs, const BranchTokens& tokens,
                       const Summaries& summaries, void* stream);
 
-// Step 3. Collective: fills in the rows of the other ranks.
+// Step 3. Collective: fills in the rows of the other ranks. `stream`: beside the call's.
 absl::Status AllGatherSummaries(PassContext& context, void* stream);
 
 }  // namespace nsa

@@ -45,6 +45,13 @@ PlanTables MakePlanTables(const RankPlan& rank_plan, const BlockMap& blocks) {
   return tables;
 }
 
+kernels::ScoreLimits ScoreLimitsOf(const RankPlan& rank_plan, const BlockMap& blocks) {
+  return {.num_tokens = rank_plan.num_tokens,
+          .num_segments = static_cast<int32_t>(rank_plan.query_segments.size()),
+          .num_cmp_blocks = blocks.num_cmp_blocks,
+          .num_documents = static_cast<int32_t>(blocks.documents.size())};
+}
+
 const char* NameOf(WorkspaceBuffer buffer) {
   switch (buffer) {
     case kTablesBuffer:
@@ -59,6 +66,8 @@ const char* NameOf(WorkspaceBuffer buffer) {
       return "window output";
     case kBlockIndicesBuffer:
       return "block indices";
+    case kScoreScratchBuffer:
+      return "scoring scratch";
     case kLocationsBuffer:
       return "block locations";
     case kSlotPeersBuffer:
@@ -82,9 +91,10 @@ int64_t SummaryRowBytes(const kernels::AttentionDims& dims) {
 absl::StatusOr<WorkspaceLayout> MakeWorkspaceLayout(const kernels::AttentionDims& dims,
                                                     const RankPlan& rank_plan,
                                                     const BlockMap& blocks, int64_t table_bytes,
-                                                    int64_t record_bytes,
+                                                    const KernelBytes& kernel_bytes,
                                                     int64_t fetch_budget_bytes) {
   WorkspaceLayout layout;
+  const int64_t record_bytes = kernel_bytes.record;
   layout.record_bytes = record_bytes;
   const int64_t kv_heads = dims.num_kv_heads;
   const int64_t remote_records = rank_plan.num_remote_slc_blocks * kv_heads;
@@ -103,7 +113,8 @@ absl::StatusOr<WorkspaceLayout> MakeWorkspaceLayout(const kernels::AttentionDims
                      " records of its own and ", layout.fetch_capacity,
                      " fetched: must be at most 2^31 - 1 together"));
   }
-  layout.single_piece = layout.fetch_capacity == remote_records;
+  layout.kv_heads_a_piece = static_cast<int32_t>(
+      remote_records == 0 ? kv_heads : layout.fetch_capacity / rank_plan.num_remote_slc_blocks);
   layout.window_bytes = own_records * record_bytes;
 
   // One row of k and v of all heads is as large as a row of summaries. Sets of branches that share
@@ -126,10 +137,16 @@ absl::StatusOr<WorkspaceLayout> MakeWorkspaceLayout(const kernels::AttentionDims
       rank_plan.num_tokens * dims.num_q_heads * dims.head_dim_v * SizeOf(dims.dtype);
   bytes[kBlockIndicesBuffer] =
       rank_plan.num_tokens * kv_heads * dims.num_selected_blocks * int64_t{sizeof(int32_t)};
+  bytes[kScoreScratchBuffer] = kernel_bytes.score_scratch;
   bytes[kLocationsBuffer] = kv_heads * blocks.num_slc_blocks * int64_t{sizeof(int32_t)};
   bytes[kSlotPeersBuffer] = layout.fetch_capacity * int64_t{sizeof(int32_t)};
   bytes[kSlotOffsetsBuffer] = layout.fetch_capacity * int64_t{sizeof(int64_t)};
-  bytes[kFetchCountersBuffer] = sizeof(FetchCounters);
+  const int64_t num_pieces =
+      layout.kv_heads_a_piece == 0
+          ? 1
+          : (kv_heads + layout.kv_heads_a_piece - 1) / layout.kv_heads_a_piece;
+  bytes[kFetchCountersBuffer] =
+      num_pieces * FetchCounterBytes(static_cast<int>(blocks.slc_blocks_of_rank.size()));
   bytes[kSlotsBuffer] = layout.fetch_capacity * record_bytes;
   for (int i = 0; i < kNumWorkspaceBuffers; ++i) {
     layout.offset[i] = layout.total_bytes;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "kernels/params.h"
 #include "kernels/types.h"
 #include "nsa/plan/rank_plan.h"
 
@@ -37,20 +38,31 @@ enum WorkspaceBuffer : int {
   kHaloToSendBuffer,     // rows that other ranks need, packed
   kWindowOutputBuffer,   // o_win [T,Hq,Dv] activations' dtype
   kBlockIndicesBuffer,   // [T,Hkv,n] int32
+  kScoreScratchBuffer,   // of ScoreAndSelect
   kLocationsBuffer,      // [Hkv,B] int32
   kSlotPeersBuffer,      // [capacity] int32
   kSlotOffsetsBuffer,    // [capacity] int64
-  kFetchCountersBuffer,  // FetchCounters
+  kFetchCountersBuffer,  // [pieces] FetchCounters, each followed by int64 slots_of_rank[P]
   kSlotsBuffer,          // [capacity] records
   kNumWorkspaceBuffers,
 };
 
-// Scalars that PlanFetch writes.
+// What PlanFetch writes of a piece, before the slots that each rank's records fill.
 struct FetchCounters {
   int64_t query_end;
   int64_t num_remote_picks;
   int32_t num_slots;
 };
+constexpr int64_t FetchCounterBytes(int num_ranks) {
+  return sizeof(FetchCounters) + num_ranks * int64_t{sizeof(int64_t)};
+}
+
+// What a device's kernels say of their memory; see kernels/kernels.h.
+struct KernelBytes {
+  int64_t record;         // of one (select block, kv head)
+  int64_t score_scratch;  // within ScoreLimitsOf
+};
+kernels::ScoreLimits ScoreLimitsOf(const RankPlan& rank_plan, const BlockMap& blocks);
 
 const char* NameOf(WorkspaceBuffer buffer);
 
@@ -60,15 +72,17 @@ struct WorkspaceLayout {
   int64_t total_bytes = 0;
   int64_t record_bytes = 0;    // of one (select block, kv head)
   int64_t fetch_capacity = 0;  // slots
-  bool single_piece = true;    // every remote block fits: the queries are never cut into pieces
-  int64_t window_bytes = 0;    // records of own blocks; a communicator window beside the workspace
+  // Of so many kv heads all remote blocks fit at a time. 0: not even of one; the queries are cut
+  // into pieces, and the host waits to learn where.
+  int32_t kv_heads_a_piece = 0;
+  int64_t window_bytes = 0;  // records of own blocks; a communicator window beside the workspace
 };
 
 // InvalidArgument when the fetch budget can't hold one query's blocks.
 absl::StatusOr<WorkspaceLayout> MakeWorkspaceLayout(const kernels::AttentionDims& dims,
                                                     const RankPlan& rank_plan,
                                                     const BlockMap& blocks, int64_t table_bytes,
-                                                    int64_t record_bytes,
+                                                    const KernelBytes& kernel_bytes,
                                                     int64_t fetch_budget_bytes);
 
 // Bytes of one row of the summaries: kc and vc of one compression block, all kv heads.

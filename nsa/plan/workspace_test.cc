@@ -31,8 +31,9 @@ TEST(WorkspaceTest, BuffersFollowOneAnotherAlignedAndDisjoint) {
   const Planned p = Plan(2, 4096, 4);
   const auto dims = MakeDims(p.config, DType::kBF16);
   const PlanTables tables = MakePlanTables(p.rank_plan, p.blocks);
-  const auto layout = MakeWorkspaceLayout(
-      dims, p.rank_plan, p.blocks, static_cast<int64_t>(tables.bytes.size()), 32768, 1 << 30);
+  const auto layout =
+      MakeWorkspaceLayout(dims, p.rank_plan, p.blocks, static_cast<int64_t>(tables.bytes.size()),
+                          {32768, 1000}, 1 << 30);
   ASSERT_TRUE(layout.ok()) << layout.status();
   int64_t end = 0;
   for (int i = 0; i < kNumWorkspaceBuffers; ++i) {
@@ -44,7 +45,8 @@ TEST(WorkspaceTest, BuffersFollowOneAnotherAlignedAndDisjoint) {
   EXPECT_GE(layout->total_bytes, end);
   // Tokens [2048, 3072) see the 32 blocks of ranks 0 and 1, for 4 kv heads.
   EXPECT_EQ(layout->fetch_capacity, 32 * 4);
-  EXPECT_TRUE(layout->single_piece);
+  EXPECT_EQ(layout->kv_heads_a_piece, 4);
+  EXPECT_EQ(layout->num_bytes[kScoreScratchBuffer], 1000);
   EXPECT_EQ(layout->window_bytes, 16 * 4 * 32768);
 }
 
@@ -52,16 +54,23 @@ TEST(WorkspaceTest, FetchBudgetBoundsTheSlots) {
   const Planned p = Plan(3, 65536, 4);
   const auto dims = MakeDims(p.config, DType::kBF16);
   const int64_t record = 32768;
-  const auto layout = MakeWorkspaceLayout(dims, p.rank_plan, p.blocks, 0, record, 100 * record + 5);
+  const auto layout =
+      MakeWorkspaceLayout(dims, p.rank_plan, p.blocks, 0, {record, 0}, 100 * record + 5);
   ASSERT_TRUE(layout.ok()) << layout.status();
   EXPECT_EQ(layout->fetch_capacity, 100);
-  EXPECT_FALSE(layout->single_piece);
-  const auto too_small = MakeWorkspaceLayout(dims, p.rank_plan, p.blocks, 0, record, 63 * record);
+  EXPECT_EQ(layout->kv_heads_a_piece, 0);
+  // 768 blocks of ranks 0 to 2 a kv head.
+  const auto heads =
+      MakeWorkspaceLayout(dims, p.rank_plan, p.blocks, 0, {record, 0}, 1600 * record);
+  ASSERT_TRUE(heads.ok()) << heads.status();
+  EXPECT_EQ(heads->kv_heads_a_piece, 2);
+  const auto too_small =
+      MakeWorkspaceLayout(dims, p.rank_plan, p.blocks, 0, {record, 0}, 63 * record);
   EXPECT_THAT(std::string(too_small.status().message()),
               HasSubstr("fetch_budget_bytes = 2064384: must be at least 2097152"));
   // A rank that sees nothing remote needs no slots at all.
   const Planned first = Plan(0, 65536, 4);
-  const auto none = MakeWorkspaceLayout(dims, first.rank_plan, first.blocks, 0, record, 0);
+  const auto none = MakeWorkspaceLayout(dims, first.rank_plan, first.blocks, 0, {record, 0}, 0);
   ASSERT_TRUE(none.ok()) << none.status();
   EXPECT_EQ(none->fetch_capacity, 0);
 }

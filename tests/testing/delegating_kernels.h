@@ -32,6 +32,27 @@ class DelegatingKernels : public kernels::Kernels {
     return to_->CopyToHost(dst, src, num_bytes, stream);
   }
   absl::Status Synchronize(void* stream) override { return to_->Synchronize(stream); }
+  absl::StatusOr<std::unique_ptr<kernels::Stream>> CreateStream() override {
+    return to_->CreateStream();
+  }
+  absl::StatusOr<std::unique_ptr<kernels::Event>> CreateEvent(kernels::EventUse use) override {
+    return to_->CreateEvent(use);
+  }
+  absl::Status Record(kernels::Event& event, void* stream) override {
+    return to_->Record(event, stream);
+  }
+  absl::Status WaitFor(kernels::Event& event, void* stream) override {
+    return to_->WaitFor(event, stream);
+  }
+  absl::StatusOr<double> SecondsBetween(kernels::Event& begin, kernels::Event& end) override {
+    return to_->SecondsBetween(begin, end);
+  }
+  void BeginRange(const char* name) override { to_->BeginRange(name); }
+  void EndRange() override { to_->EndRange(); }
+  int64_t ScoreScratchBytes(const kernels::AttentionDims& dims,
+                            const kernels::ScoreLimits& limits) const override {
+    return to_->ScoreScratchBytes(dims, limits);
+  }
   absl::Status CopyRows(const kernels::CopyRowsParams& params, void* stream) override {
     return to_->CopyRows(params, stream);
   }

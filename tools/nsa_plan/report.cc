@@ -42,7 +42,9 @@ absl::StatusOr<RankCost> CostOfRank(const PlanQuestion& question, const kernels:
   const RankPlan rank_plan = MakeRankPlan(question.config, question.plan, blocks, rank);
   const int64_t table_bytes = static_cast<int64_t>(MakePlanTables(rank_plan, blocks).bytes.size());
   absl::StatusOr<WorkspaceLayout> layout = MakeWorkspaceLayout(
-      dims, rank_plan, blocks, table_bytes, record_bytes, question.fetch_budget_bytes);
+      dims, rank_plan, blocks, table_bytes,
+      {record_bytes, kernels.ScoreScratchBytes(dims, ScoreLimitsOf(rank_plan, blocks))},
+      question.fetch_budget_bytes);
   if (!layout.ok()) return layout.status();
   ForwardFlops flops = AttentionFlopsOfRank(question.config, rank_plan);
   flops.compress =
@@ -175,12 +177,16 @@ std::string MemorySection(const std::vector<RankCost>& costs) {
     absl::StrAppendFormat(&text, "    %-22s %12s\n", NameOf(static_cast<WorkspaceBuffer>(i)),
                           FormatBytes(static_cast<double>(largest.layout.num_bytes[i])));
   }
-  const bool single = std::all_of(costs.begin(), costs.end(),
-                                  [](const RankCost& c) { return c.layout.single_piece; });
+  int32_t kv_heads_a_piece = std::numeric_limits<int32_t>::max();  // of the rank with the fewest
+  for (const RankCost& cost : costs) {
+    kv_heads_a_piece = std::min(kv_heads_a_piece, cost.layout.kv_heads_a_piece);
+  }
   absl::StrAppend(&text, "  a record (one select block, one kv head) has ",
                   FormatBytes(static_cast<double>(costs[0].layout.record_bytes)), "; ",
-                  single ? "every block that can be selected fits the fetch budget"
-                         : "queries may be processed in pieces to stay inside the fetch budget",
+                  kv_heads_a_piece == 0
+                      ? "queries may be processed in pieces to stay inside the fetch budget"
+                      : absl::StrCat("the blocks that ", kv_heads_a_piece,
+                                     " kv heads can select fit the fetch budget at a time"),
                   "\n");
   return text;
 }
