@@ -38,13 +38,21 @@ def gpus_name(gpus):
 
 def show_lengths(axis, lengths):
     axis.set_xscale("log", base=2)
-    axis.set_xticks(sorted(lengths), [tokens_name(t) for t in sorted(lengths)])
+    ticks = sorted(t for t in lengths if t % 1024 == 0)
+    axis.set_xticks(ticks, map(tokens_name, ticks))
     axis.minorticks_off()
     axis.set_xlabel("tokens")
 
 
+def add_legend(axis):
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()
+    else:
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center")
+
+
 def draw_time(ours, dense):
-    figure, (time, ratio) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (time, ratio) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharex=True)
     for color, gpus in zip(COLORS, sorted({p for p, _ in ours})):
         time.plot(*zip(*figures.times(ours, gpus)), "o-", color=color, label=gpus_name(gpus))
         if any(p == gpus for p, _ in dense):
@@ -60,8 +68,7 @@ def draw_time(ours, dense):
     ratio.axhline(1, color="black", linewidth=0.8)
     for axis in (time, ratio):
         show_lengths(axis, lengths)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
+        add_legend(axis)
     return figure
 
 
@@ -78,8 +85,7 @@ def draw_efficiency(ours):
         axis.set_xticks(counts)
         axis.set_xlabel("GPUs")
         axis.set_ylim(0, 1.1)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
+        add_legend(axis)
     axes[0].set_ylabel("efficiency")
     axes[0].set_title("strong: the same length")
     axes[1].set_title("weak: FLOP/s of a GPU, the same length a GPU")
