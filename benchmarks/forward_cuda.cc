@@ -13,7 +13,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -50,6 +49,21 @@ using Json = nlohmann::ordered_json;
 
 constexpr int kWarmUps = 3;
 
+// To a tenth of a microsecond, or of a thousandth.
+double Rounded(double value) { return std::round(value * 1e4) / 1e4; }
+
+// Milliseconds by stage, in the order of the stages.
+using StageTimes = std::vector<std::pair<std::string, double>>;
+
+// The entry of `stage`, made if need be.
+template <typename T>
+T& At(std::vector<std::pair<std::string, T>>& by_stage, absl::string_view stage) {
+  for (auto& [name, value] : by_stage) {
+    if (name == stage) return value;
+  }
+  return by_stage.emplace_back(stage, T()).second;
+}
+
 float FromBf16(uint16_t x) {
   const uint32_t bits = uint32_t{x} << 16;
   float value;
@@ -85,14 +99,14 @@ class StageTimer {
     Keep(cudaEventRecord(events_[stages_.size() - 1], stream_));
   }
 
-  // Milliseconds by stage of the calls since the last Read, whose end a Begin has marked. For a
-  // stream that has done all of it.
-  absl::StatusOr<std::map<std::string, double>> Read() {
-    std::map<std::string, double> times;
+  // Of the call since the last Read, whose end a Begin has marked; pieces of the queries are summed
+  // up. For a stream that has done all of it.
+  absl::StatusOr<StageTimes> Read() {
+    StageTimes times;
     for (size_t i = 0; i + 1 < stages_.size(); ++i) {
       float milliseconds = 0;
       Keep(cudaEventElapsedTime(&milliseconds, events_[i], events_[i + 1]));
-      times[stages_[i]] += milliseconds;
+      At(times, stages_[i]) += milliseconds;
     }
     stages_.clear();
     NSA_BENCHMARK_OK(CudaStatus(error_, "timing stages"));
@@ -153,7 +167,7 @@ absl::StatusOr<Json> TimeStages(Bench& bench, const EngineOptions& options, cons
   observed.on_stage = [&stages](absl::string_view stage) { stages.Begin(stage); };
   auto engine = Engine::Create(observed, plan, bench.communicator, bench.kernels);
   if (!engine.ok()) return engine.status();
-  std::map<std::string, std::vector<double>> times;
+  std::vector<std::pair<std::string, std::vector<double>>> times;
   for (int i = -1; i < reps; ++i) {
     auto total = bench.timer->Time(
         [&] {
@@ -170,20 +184,23 @@ absl::StatusOr<Json> TimeStages(Bench& bench, const EngineOptions& options, cons
     auto call = stages.Read();
     if (!call.ok()) return call.status();
     for (const auto& [stage, ms] : *call) {
-      if (i >= 0) times[stage].push_back(ms);
+      if (i >= 0) At(times, stage).push_back(ms);
     }
   }
   Json mine;
   for (const auto& [stage, values] : times) mine[stage] = SpreadOf(values).median;
   auto all = bench.communicator->HostAllGather(mine.dump());
   if (!all.ok()) return all.status();
-  std::map<std::string, double> mean;
+  StageTimes mean;
   for (const std::string& one : *all) {
-    for (const auto& [stage, ms] : Json::parse(one).get<std::map<std::string, double>>()) {
-      mean[stage] += ms / static_cast<double>(all->size());
+    const Json theirs = Json::parse(one);
+    for (const auto& [stage, ms] : theirs.items()) {
+      At(mean, stage) += ms.get<double>() / static_cast<double>(all->size());
     }
   }
-  return Json(mean);
+  Json rounded;
+  for (const auto& [stage, ms] : mean) rounded[stage] = Rounded(ms);
+  return rounded;
 }
 
 // o of the whole sequence by the CPU kernels.
@@ -237,7 +254,9 @@ absl::StatusOr<std::string> FingerprintOfAll(Bench& bench, const ForwardTensors&
 }
 
 Json Milliseconds(const Spread& spread) {
-  return {{"median_ms", spread.median}, {"min_ms", spread.min}, {"max_ms", spread.max}};
+  return {{"median_ms", Rounded(spread.median)},
+          {"min_ms", Rounded(spread.min)},
+          {"max_ms", Rounded(spread.max)}};
 }
 
 absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
@@ -294,7 +313,7 @@ absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
       if (!times.ok()) return times.status();
       const Spread in_place = SpreadOf(*times);
       line["in_place"] = Milliseconds(in_place);
-      line["exposed_communication"] = step.median / in_place.median - 1;
+      line["exposed_communication"] = Rounded(step.median / in_place.median - 1);
       auto again = FingerprintOfAll(bench, *tensors);
       if (!again.ok()) return again.status();
       line["in_place"]["same_bits"] = *again == *fingerprint;

@@ -52,7 +52,8 @@ def add_legend(axis):
 
 
 def draw_time(ours, dense):
-    figure, (time, ratio) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharex=True)
+    figure, (time, ratio) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained",
+                                            sharex=True)
     for color, gpus in zip(COLORS, sorted({p for p, _ in ours})):
         time.plot(*zip(*figures.times(ours, gpus)), "o-", color=color, label=gpus_name(gpus))
         if any(p == gpus for p, _ in dense):

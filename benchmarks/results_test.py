@@ -25,6 +25,7 @@ SAMPLE = {
         result("nsa", 2, 4096, 30.0),
         result("nsa", 2, 2048, 1.0, flops=300.0, sharding="contiguous"),
         result("nsa", 2, 2048, 1.0, flops=300.0, dim_qk=192),
+        result("nsa", 2, 2048, 1.0, flops=300.0, relative_l2_against_cpu=1e-3),
     ],
 }
 FIRST_SHAPE = (64, 4, 128, 128)
@@ -42,7 +43,7 @@ class ResultsTest(unittest.TestCase):
             file.flush()
             self.assertEqual(results.load(file.name), SAMPLE)
 
-    def test_other_shapes_and_shardings_are_kept_apart(self):
+    def test_other_shapes_shardings_and_checks_are_kept_apart(self):
         self.assertEqual(results.shapes(self.results), [FIRST_SHAPE, (64, 4, 192, 128)])
         self.assertEqual(results.times(self.ours, 2), [(2048, 12.5), (4096, 30.0)])
 
@@ -57,7 +58,7 @@ class ResultsTest(unittest.TestCase):
         self.assertEqual(results.dense_ratios(self.ours, self.dense, 1), [(2048, 3.0)])
         results.add_dense_ratios(self.results)
         self.assertEqual([r.get("dense_ratio") for r in self.results],
-                         [None, 3.0, None, None, None, None, None])
+                         [None, 3.0] + [None] * 6)
 
     def test_strong_efficiency(self):
         self.assertEqual(results.strong_efficiency(self.ours, 2048), [(1, 1.0), (2, 0.8)])

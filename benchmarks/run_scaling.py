@@ -3,8 +3,9 @@
 
     benchmarks/run_scaling.py BUNDLE --gpus 1,2,4 --tokens 65536,131072,262144,524288,1048576
 
-BUNDLE is a folder with forward_cuda and the libraries that it needs and this host lacks. For each
-number of GPUs (and shape of heads, and round) it runs forward_cuda at all lengths, then
+BUNDLE is a folder with forward_cuda (for --steps also cuda_kernels_benchmark and
+communication_benchmark) and the libraries that they need and this host lacks. For each number of
+GPUs (and shape of heads, and round) it runs forward_cuda at all lengths, then
 dense/dense_attention.py, and writes one result file; README.md describes both. Start it with a
 python3 that has torch. A run that fails or takes too long is noted, and the others go on; the file
 is written after each.
@@ -45,6 +46,7 @@ def parse_arguments():
     parser.add_argument("--dense_max_tokens_per_gpu", type=int, default=1 << 17)
     parser.add_argument("--rounds", type=int, default=1, help="of all runs")
     parser.add_argument("--reps", type=int, default=10)
+    parser.add_argument("--steps", action="store_true", help="also stages and communication steps")
     parser.add_argument("--check", action="store_true", help="also compare with references")
     parser.add_argument("--time_limit", type=float, default=3600, help="of everything, seconds")
     parser.add_argument("--run_limit", type=float, default=300, help="of one run, seconds")
@@ -87,8 +89,11 @@ def describe_host(bundle, folders):
                   "branches, zig-zag; heads and dims stand in the results",
         "method": "device events, L2 flushed before each repetition, 3 calls before the timed "
                   "ones, the slowest rank of each repetition counts",
+        "environment": {name: value for name, value in sorted(os.environ.items())
+                        if name.startswith("NCCL_") and name != "NCCL_VERSION"},
         "runs": [],
         "results": [],
+        "steps": [],
     }
 
 
@@ -110,75 +115,105 @@ def run(command, env, limit):
         return out, err, f"stopped after {limit:.0f} s"
 
 
-def commands(args, gpus, dims, environment):
-    """(command, results it should print) of each run for that many GPUs."""
+def mpirun(gpus):
+    return ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(gpus)] if gpus > 1 else []
+
+
+def forward_commands(args, gpus, dims):
+    """(command, results it should print) of each run on that many GPUs."""
     heads = [f"--dim_qk={dims[0]}", f"--dim_v={dims[1]}", f"--reps={args.reps}"]
-
-    def lengths(of_one_gpu):
-        return [t for t in args.tokens if t <= of_one_gpu * gpus]
-
-    mpirun = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(gpus)]
-    for name in sorted(environment):
-        if name == "LD_LIBRARY_PATH" or name.startswith("NCCL_"):
-            mpirun += ["-x", name]
-    ours = (mpirun if gpus > 1 else []) + [str(args.bundle / "forward_cuda"), *heads]
+    ours = mpirun(gpus) + [str(args.bundle / "forward_cuda"), *heads]
     dense = [sys.executable]
     if gpus > 1:
         dense += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-    dense += [str(HERE / "dense/dense_attention.py"), *heads]
-    check = ["--check"] if args.check else []
-    if check:
-        yield ours + ["--tokens=4096", *check], 1
-    for command, tokens in ((ours, lengths(args.max_tokens_per_gpu)),
-                            (dense + check, lengths(args.dense_max_tokens_per_gpu))):
-        if tokens:
-            yield command + ["--tokens=" + ",".join(map(str, tokens))], len(tokens)
+    dense += [str(HERE / "dense/dense_attention.py"), *heads] + ["--check"] * args.check
+    if args.check:
+        yield ours + ["--tokens=4096", "--check"], 1
+    for command, limit in ((ours, args.max_tokens_per_gpu), (dense, args.dense_max_tokens_per_gpu)):
+        lengths = [t for t in args.tokens if t <= limit * gpus]
+        if lengths:
+            yield command + ["--tokens=" + ",".join(map(str, lengths))], len(lengths)
+
+
+class ScalingRun:
+    """The result file, and the time that is left."""
+
+    def __init__(self, args):
+        self.args = args
+        self.deadline = time.monotonic() + args.time_limit
+        folders = [str(args.bundle), *nccl_folders()]
+        folders += [f for f in os.environ.get("LD_LIBRARY_PATH", "").split(":") if f]
+        self.environment = dict(os.environ, LD_LIBRARY_PATH=":".join(folders))
+        if os.geteuid() == 0:
+            self.environment.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+        self.file = describe_host(args.bundle, folders)
+        gpu = self.file["gpu"].split()[-1].lower()
+        self.output = args.output or HERE / f"results/{self.file['date']}-forward-{gpu}.json"
+
+    def run(self, command, read):
+        """Runs `command`; read(stdout) puts its figures into the file, or says what is missing."""
+        shown = shlex.join(command).replace(f"{self.args.bundle}/", "").replace(
+            f"{HERE}/", "benchmarks/").replace(sys.executable, "python3")
+        start = time.monotonic()
+        left = self.deadline - start
+        out, err, end = "", "", "not started, out of time"
+        if left > 5:
+            out, err, end = run(command, self.environment, min(self.args.run_limit, left))
+        missing = read(out)
+        if end == "ok" and missing:
+            end = missing
+        self.file["runs"].append(
+            {"command": shown, "end": end, "seconds": round(time.monotonic() - start, 1)})
+        print(f"{end}: {shown}", flush=True)
+        if end != "ok":
+            print(err[-4000:], file=sys.stderr, flush=True)
+        figures.add_dense_ratios(self.file["results"])
+        self.output.write_text(json.dumps(self.file, indent=1) + "\n", encoding="utf-8")
+
+    def forward(self, gpus, dims, number):
+        for command, expected in forward_commands(self.args, gpus, dims):
+            def read(out, expected=expected):
+                lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+                for line in lines:
+                    if self.args.rounds > 1:
+                        line["round"] = number
+                    if "cuda" in line:
+                        self.file["cuda"] = line.pop("cuda")
+                    self.file["results"].append(line)
+                return "" if len(lines) == expected else f"{len(lines)} of {expected} results"
+            self.run(command, read)
+
+    def steps(self, gpus, program):
+        def read(out):
+            rows = json.loads(out)["benchmarks"] if out.endswith("}\n") else []
+            for row in rows:
+                figures_of_row = {name: round(row[name], 4) for name in (
+                    "median_us", "min_us", "max_us", "TFLOP/s", "GB/s", "of_floor") if name in row}
+                self.file["steps"].append({
+                    "program": program, "gpus": gpus, "step": row["name"].split("/iterations:")[0],
+                    **figures_of_row})
+            return "" if rows and not any(row.get("error_occurred") for row in rows) else "errors"
+        self.run(mpirun(gpus) + [str(self.args.bundle / program), "--benchmark_format=json"], read)
 
 
 def main():
     args = parse_arguments()
     args.bundle = args.bundle.resolve()
-    deadline = time.monotonic() + args.time_limit
-    folders = [str(args.bundle), *nccl_folders()]
-    folders += [f for f in os.environ.get("LD_LIBRARY_PATH", "").split(":") if f]
-    environment = dict(os.environ, LD_LIBRARY_PATH=":".join(folders))
-    if os.geteuid() == 0:
-        environment.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
-    file = describe_host(args.bundle, folders)
-    gpu = file["gpu"].split()[-1].lower()
-    output = args.output or HERE / f"results/{file['date']}-forward-{gpu}.json"
-
-    every = [(number, gpus, dims) for number in range(args.rounds) for dims in args.dims
-             for gpus in args.gpus]
-    for number, gpus, dims in every:
-        for command, expected in commands(args, gpus, dims, environment):
-            shown = shlex.join(command).replace(f"{args.bundle}/", "").replace(
-                f"{HERE}/", "benchmarks/").replace(sys.executable, "python3")
-            start = time.monotonic()
-            left = deadline - start
-            out, err, end = run(command, environment, min(args.run_limit, left)) if left > 5 else (
-                "", "", "not started, out of time")
-            lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-            if end == "ok" and len(lines) < expected:
-                end = f"{len(lines)} results instead of {expected}"
-            for line in lines:
-                if args.rounds > 1:
-                    line["round"] = number
-                if "cuda" in line:
-                    file["cuda"] = line.pop("cuda")
-                file["results"].append(line)
-            file["runs"].append({"command": shown, "end": end,
-                                 "seconds": round(time.monotonic() - start, 1)})
-            print(f"{end}: {shown}", flush=True)
-            if end != "ok":
-                print(err[-4000:], file=sys.stderr, flush=True)
-            figures.add_dense_ratios(file["results"])
-            output.write_text(json.dumps(file, indent=1) + "\n", encoding="utf-8")
-    for line in file["results"]:
+    scaling = ScalingRun(args)
+    if args.steps:
+        scaling.steps(1, "cuda_kernels_benchmark")
+        for gpus in args.gpus:
+            if gpus > 1:
+                scaling.steps(gpus, "communication_benchmark")
+    for number in range(args.rounds):
+        for dims in args.dims:
+            for gpus in args.gpus:
+                scaling.forward(gpus, dims, number)
+    for line in scaling.file["results"]:
         print(f"{line['implementation']:6} {line['gpus']} GPUs {line['tokens']:8} tokens "
               f"{line['median_ms']:10.3f} ms", *(f"{name} {line[name]:.3f}" for name in
               ("dense_ratio", "exposed_communication") if name in line), flush=True)
-    return 0 if all(one["end"] == "ok" for one in file["runs"]) else 1
+    return 0 if all(one["end"] == "ok" for one in scaling.file["runs"]) else 1
 
 
 if __name__ == "__main__":

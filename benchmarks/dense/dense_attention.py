@@ -207,7 +207,8 @@ def main():
             "q_heads": args.q_heads, "kv_heads": args.kv_heads, "dim_qk": args.dim_qk,
             "dim_v": args.dim_v, "sharding": "zigzag", "torch": torch.__version__,
             "cudnn": torch.backends.cudnn.version(), "tokens": tokens,
-            "median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times),
+            "median_ms": round(statistics.median(times), 4), "min_ms": round(min(times), 4),
+            "max_ms": round(max(times), 4),
             "reps": len(times), "peak_memory_mib": used_mib}), flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
