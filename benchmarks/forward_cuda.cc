@@ -20,6 +20,7 @@
 
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
+#include "absl/functional/function_ref.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -48,6 +49,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr int kWarmUps = 3;
+constexpr int kStageCalls = 5;
 
 // To a tenth of a microsecond, or of a thousandth.
 double Rounded(double value) { return std::round(value * 1e4) / 1e4; }
@@ -140,46 +142,39 @@ absl::StatusOr<int64_t> UsedMib() {
   return (static_cast<int64_t>(total_bytes - free_bytes) - GpuTimer::kFlushBytes) >> 20;
 }
 
-// The slowest rank's milliseconds of each of `reps` calls, all ranks beginning together.
-absl::StatusOr<std::vector<double>> TimeCalls(Bench& bench, Engine& engine,
-                                              const ForwardTensors& tensors, int reps) {
-  std::vector<double> times;
-  for (int i = -kWarmUps; i < reps; ++i) {
-    auto mine = bench.timer->Time(
-        [&] {
-          NSA_BENCHMARK_OK(CudaStatus(cudaStreamSynchronize(bench.timer->stream()), "flush"));
-          return bench.communicator->Barrier();
-        },
-        [&] { return engine.Forward(tensors.inputs(), tensors.outputs(), bench.timer->stream()); });
-    if (!mine.ok()) return mine.status();
-    auto slowest = LargestOfRanks(*bench.communicator, *mine);
-    if (!slowest.ok()) return slowest.status();
-    if (i >= 0) times.push_back(*slowest);
-  }
-  return times;
+// This rank's milliseconds of `work`, which all ranks begin together.
+absl::StatusOr<double> TimeTogether(Bench& bench, absl::FunctionRef<absl::Status()> work) {
+  const auto meet = [&] {
+    NSA_BENCHMARK_OK(CudaStatus(cudaStreamSynchronize(bench.timer->stream()), "flush"));
+    return bench.communicator->Barrier();
+  };
+  return bench.timer->Time(meet, work);
 }
 
-// Milliseconds by stage: the median of `reps` calls, averaged over the ranks.
+// The slowest rank's milliseconds of a call.
+absl::StatusOr<double> TimeForward(Bench& bench, Engine& engine, const ForwardTensors& tensors) {
+  auto mine = TimeTogether(bench, [&] {
+    return engine.Forward(tensors.inputs(), tensors.outputs(), bench.timer->stream());
+  });
+  return mine.ok() ? LargestOfRanks(*bench.communicator, *mine) : mine.status();
+}
+
+// Milliseconds by stage: the median of kStageCalls calls, averaged over the ranks.
 absl::StatusOr<Json> TimeStages(Bench& bench, const EngineOptions& options, const ShardPlan& plan,
-                                const ForwardTensors& tensors, int reps) {
+                                const ForwardTensors& tensors) {
   StageTimer stages(bench.timer->stream());
   EngineOptions observed = options;
   observed.on_stage = [&stages](absl::string_view stage) { stages.Begin(stage); };
   auto engine = Engine::Create(observed, plan, bench.communicator, bench.kernels);
   if (!engine.ok()) return engine.status();
   std::vector<std::pair<std::string, std::vector<double>>> times;
-  for (int i = -1; i < reps; ++i) {
-    auto total = bench.timer->Time(
-        [&] {
-          NSA_BENCHMARK_OK(CudaStatus(cudaStreamSynchronize(bench.timer->stream()), "flush"));
-          return bench.communicator->Barrier();
-        },
-        [&] {
-          NSA_BENCHMARK_OK(
-              (*engine)->Forward(tensors.inputs(), tensors.outputs(), bench.timer->stream()));
-          stages.Begin("end");
-          return absl::OkStatus();
-        });
+  for (int i = -1; i < kStageCalls; ++i) {
+    auto total = TimeTogether(bench, [&] {
+      NSA_BENCHMARK_OK(
+          (*engine)->Forward(tensors.inputs(), tensors.outputs(), bench.timer->stream()));
+      stages.Begin("end");
+      return absl::OkStatus();
+    });
     if (!total.ok()) return total.status();
     auto call = stages.Read();
     if (!call.ok()) return call.status();
@@ -259,9 +254,49 @@ Json Milliseconds(const Spread& spread) {
           {"max_ms", Rounded(spread.max)}};
 }
 
+// The step, and in turns with it the step with remote data in place, into `line`. The last call is
+// one that moves data.
+absl::Status MeasureStep(Bench& bench, Engine& engine, const ForwardTensors& tensors, Json& line) {
+  const bool several = bench.communicator->size() > 1;
+  std::vector<double> step, in_place;
+  for (int i = -kWarmUps; i < absl::GetFlag(FLAGS_reps); ++i) {
+    auto ms = TimeForward(bench, engine, tensors);
+    if (!ms.ok()) return ms.status();
+    if (i >= 0) step.push_back(*ms);
+    if (!several) continue;
+    bench.communicator->set_data_in_place(true);
+    ms = TimeForward(bench, engine, tensors);
+    bench.communicator->set_data_in_place(false);
+    if (!ms.ok()) return ms.status();
+    if (i >= 0) in_place.push_back(*ms);
+  }
+  line.update(Milliseconds(SpreadOf(step)));
+  line["reps"] = step.size();
+
+  // Nothing was freed since the first call.
+  auto used_mib = UsedMib();
+  if (!used_mib.ok()) return used_mib.status();
+  auto peak_mib = LargestOfRanks(*bench.communicator, static_cast<double>(*used_mib));
+  if (!peak_mib.ok()) return peak_mib.status();
+  line["peak_memory_mib"] = *peak_mib;
+
+  auto fingerprint = FingerprintOfAll(bench, tensors);
+  if (!fingerprint.ok()) return fingerprint.status();
+  if (several) {
+    const std::string of_in_place = *fingerprint;
+    NSA_BENCHMARK_OK(TimeForward(bench, engine, tensors).status());
+    fingerprint = FingerprintOfAll(bench, tensors);
+    if (!fingerprint.ok()) return fingerprint.status();
+    line["in_place"] = Milliseconds(SpreadOf(in_place));
+    line["in_place"]["same_bits"] = of_in_place == *fingerprint;
+    line["exposed_communication"] = Rounded(SpreadOf(step).median / SpreadOf(in_place).median - 1);
+  }
+  line["fingerprint"] = *fingerprint;
+  return absl::OkStatus();
+}
+
 absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
   const EngineOptions options = {.config = MakeConfig()};
-  const int reps = absl::GetFlag(FLAGS_reps);
   auto plan = ShardPlan::Parse(absl::GetFlag(FLAGS_sharding), tokens, bench.communicator->size());
   if (!plan.ok()) return plan.status();
   auto tensors =
@@ -273,28 +308,12 @@ absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
   {
     auto engine = Engine::Create(options, *plan, bench.communicator, bench.kernels);
     if (!engine.ok()) return engine.status();
-    auto times = TimeCalls(bench, **engine, *tensors, reps);
-    if (!times.ok()) return times.status();
-    const Spread step = SpreadOf(*times);
-    line.update(Milliseconds(step));
-    line["reps"] = times->size();
-
-    // Nothing is freed between the first call and here.
-    auto used_mib = UsedMib();
-    if (!used_mib.ok()) return used_mib.status();
-    auto peak_mib = LargestOfRanks(*bench.communicator, static_cast<double>(*used_mib));
-    if (!peak_mib.ok()) return peak_mib.status();
-    line["peak_memory_mib"] = *peak_mib;
-
-    auto fingerprint = FingerprintOfAll(bench, *tensors);
-    if (!fingerprint.ok()) return fingerprint.status();
-    line["fingerprint"] = *fingerprint;
+    NSA_BENCHMARK_OK(MeasureStep(bench, **engine, *tensors, line));
     if (absl::GetFlag(FLAGS_check)) {
       auto error = RelativeL2AgainstCpu(bench, options.config, *plan, *tensors);
       if (!error.ok()) return error.status();
       line["relative_l2_against_cpu"] = *error;
     }
-
     auto stats = (*engine)->GatherStats();
     if (!stats.ok()) return stats.status();
     double flops = 0;
@@ -305,21 +324,8 @@ absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
     }
     line["flops"] = flops;
     line["fetched_mib"] = static_cast<double>(fetched_bytes) / (1 << 20);
-
-    if (bench.communicator->size() > 1) {
-      bench.communicator->set_data_in_place(true);
-      times = TimeCalls(bench, **engine, *tensors, reps);
-      bench.communicator->set_data_in_place(false);
-      if (!times.ok()) return times.status();
-      const Spread in_place = SpreadOf(*times);
-      line["in_place"] = Milliseconds(in_place);
-      line["exposed_communication"] = Rounded(step.median / in_place.median - 1);
-      auto again = FingerprintOfAll(bench, *tensors);
-      if (!again.ok()) return again.status();
-      line["in_place"]["same_bits"] = *again == *fingerprint;
-    }
   }
-  auto stages = TimeStages(bench, options, *plan, *tensors, std::min(reps, 5));
+  auto stages = TimeStages(bench, options, *plan, *tensors);
   if (!stages.ok()) return stages.status();
   line["stages_ms"] = *std::move(stages);
   if (bench.communicator->rank() == 0) {

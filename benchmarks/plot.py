@@ -12,8 +12,8 @@ For the first shape of heads in the file. Needs matplotlib (Debian: python3-matp
 import argparse
 from pathlib import Path
 
+import figures
 import matplotlib
-import results as figures
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # pylint: disable=wrong-import-position

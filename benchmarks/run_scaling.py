@@ -25,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-import results as figures
+import figures
 
 HERE = Path(__file__).resolve().parent
 
@@ -149,6 +149,7 @@ class ScalingRun:
         self.file = describe_host(args.bundle, folders)
         gpu = self.file["gpu"].split()[-1].lower()
         self.output = args.output or HERE / f"results/{self.file['date']}-forward-{gpu}.json"
+        self.output.parent.mkdir(parents=True, exist_ok=True)
 
     def run(self, command, read):
         """Runs `command`; read(stdout) puts its figures into the file, or says what is missing."""
