@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <random>
 #include <utility>
 #include <vector>
 
@@ -20,6 +19,7 @@
 #include "absl/status/statusor.h"
 #include "benchmark/benchmark.h"
 #include "benchmarks/device_values.h"
+#include "benchmarks/drawn_blocks.h"
 #include "benchmarks/gpu_timer.h"
 #include "kernels/cuda/cuda_kernels.h"
 #include "kernels/kernels.h"
@@ -56,50 +56,6 @@ AttentionDims Dims(int64_t dk, int64_t dv) {
   dims.window_tokens = 512;
   dims.softmax_scale = 0.088f;
   return dims;
-}
-
-// Blocks of every query and kv head: the first one, the last two, and others drawn at random. With
-// `pool_blocks`, 32 neighbouring queries draw theirs from a common pool of that many.
-std::vector<int32_t> DrawBlocks(const AttentionDims& dims, int64_t num_tokens,
-                                int64_t pool_blocks) {
-  const int32_t n = dims.num_selected_blocks;
-  constexpr int64_t kNeighbours = 32;
-  std::mt19937_64 random(7);
-  std::vector<int32_t> indices(num_tokens * dims.num_kv_heads * n, -1);
-  std::vector<int32_t> pool, picks;
-  // `count` distinct blocks of [1, end)
-  const auto draw = [&](int64_t count, int64_t end, std::vector<int32_t>& to) {
-    to.clear();
-    while (static_cast<int64_t>(to.size()) < count) {
-      const int32_t block = 1 + static_cast<int32_t>(random() % (end - 1));
-      if (std::find(to.begin(), to.end(), block) == to.end()) to.push_back(block);
-    }
-  };
-  for (int32_t head = 0; head < dims.num_kv_heads; ++head) {
-    for (int64_t t = 0; t < num_tokens; ++t) {
-      const int64_t own = t / dims.select_block_tokens;
-      int32_t* const row = &indices[(t * dims.num_kv_heads + head) * n];
-      if (own < n) {
-        for (int64_t b = 0; b <= own; ++b) row[b] = static_cast<int32_t>(b);
-        continue;
-      }
-      if (pool_blocks > 0) {
-        const int64_t first_own = t / kNeighbours * kNeighbours / dims.select_block_tokens;
-        const int64_t size = std::min(pool_blocks, first_own - 2);
-        if (t % kNeighbours == 0 || pool.empty()) draw(size, first_own - 1, pool);
-        std::shuffle(pool.begin(), pool.end(), random);
-        picks.assign(pool.begin(), pool.begin() + std::min<int64_t>(n - 3, pool.size()));
-      } else {
-        draw(n - 3, own - 1, picks);
-      }
-      picks.push_back(0);
-      picks.push_back(static_cast<int32_t>(own - 1));
-      picks.push_back(static_cast<int32_t>(own));
-      std::sort(picks.begin(), picks.end());
-      std::copy(picks.begin(), picks.end(), row);
-    }
-  }
-  return indices;
 }
 
 // What a stage has to do at least.
@@ -151,7 +107,7 @@ class Stages {
     selected_ = static_cast<int32_t*>(Memory(num_tokens_ * hkv * dims_.num_selected_blocks * 4));
     const std::vector<int32_t> drawn = DrawBlocks(dims_, num_tokens_, pool_blocks);
     drawn_ = Upload(drawn);
-    selected_pairs_ = CountPairs(drawn);
+    selected_pairs_ = CountSelectedPairs(dims_, drawn);
     counters_ = static_cast<int64_t*>(Memory(3 * sizeof(int64_t)));
     alone_ = Deal(1);
     of_four_ = Deal(4);
@@ -352,19 +308,6 @@ class Stages {
   // Of a query and a key, all heads.
   double PairFlops() const {
     return 2.0 * dims_.num_q_heads * (dims_.head_dim_qk + dims_.head_dim_v);
-  }
-
-  // (query, key) pairs of a kv head.
-  double CountPairs(const std::vector<int32_t>& indices) const {
-    const int64_t n = dims_.num_selected_blocks, hkv = dims_.num_kv_heads;
-    double pairs = 0;
-    for (size_t i = 0; i < indices.size(); ++i) {
-      if (indices[i] < 0) continue;
-      const int64_t position = static_cast<int64_t>(i) / (n * hkv);
-      const int64_t first = int64_t{indices[i]} * dims_.select_block_tokens;
-      pairs += std::min<int64_t>(position + 1 - first, dims_.select_block_tokens);
-    }
-    return pairs / static_cast<double>(hkv);
   }
 
   const int64_t num_tokens_;
