@@ -1,14 +1,18 @@
 #include "benchmarks/in_place_communicator.h"
 
 #include <array>
-#include <cstring>
+#include <limits>
 #include <memory>
+#include <random>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "comm/loopback/loopback.h"
 #include "gtest/gtest.h"
+#include "kernels/cpu/cpu_kernels.h"
+#include "nsa/engine.h"
 
 namespace nsa::benchmarks {
 namespace {
@@ -78,6 +82,55 @@ TEST(InPlaceCommunicatorTest, KeepsWhatTheCallBeforeBrought) {
       communicator.set_data_in_place(false);
       EXPECT_TRUE(mover.Move('y').ok());
       EXPECT_EQ(mover.Remote(), (std::array<char, 3>{'y', 'y', 'y'}));
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// What the forward needs of other ranks is in place after a call, whatever it does to bring it.
+TEST(InPlaceCommunicatorTest, AForwardGivesTheSameBits) {
+  constexpr int kRanks = 2;
+  const NsaConfig config = {
+      .num_q_heads = 4, .num_kv_heads = 2, .head_dim_qk = 64, .head_dim_v = 64};
+  const ShardPlan plan = *ShardPlan::Parse("zigzag", 4096, kRanks);
+  auto group = comm::LoopbackGroup::Create(kRanks);
+  ASSERT_TRUE(group.ok()) << group.status();
+  std::vector<std::thread> threads;
+  for (auto& loopback : *group) {
+    threads.emplace_back([&config, &plan, &loopback] {
+      auto communicator = std::make_shared<InPlaceCommunicator>(std::move(loopback));
+      const int64_t tokens = plan.TokensOfRank(communicator->rank());
+      std::mt19937 random(communicator->rank());
+      std::normal_distribution<float> normal;
+      const auto draw = [&](int64_t heads, int64_t dim) {
+        std::vector<float> values(tokens * heads * dim);
+        for (float& value : values) value = normal(random);
+        return values;
+      };
+      const std::vector<float> q = draw(4, 64), k = draw(2, 64), v = draw(2, 64), gate = draw(4, 3);
+      std::vector<float> o(q.size());
+      ForwardInputs inputs;
+      inputs.q = ConstTensor(q.data(), DType::kF32, {tokens, 4, 64});
+      inputs.SetSharedKv(ConstTensor(k.data(), DType::kF32, {tokens, 2, 64}),
+                         ConstTensor(v.data(), DType::kF32, {tokens, 2, 64}));
+      inputs.gate = ConstTensor(gate.data(), DType::kF32, {tokens, 4, 3});
+      ForwardOutputs outputs;
+      outputs.o = Tensor(o.data(), DType::kF32, {tokens, 4, 64});
+      auto engine = Engine::Create({.config = config, .dtype = DType::kF32}, plan, communicator,
+                                   *kernels::CpuKernels::Create({}));
+      ASSERT_TRUE(engine.ok()) << engine.status();
+
+      std::vector<float> first;
+      for (bool in_place : {false, true, false, true}) {
+        o.assign(o.size(), std::numeric_limits<float>::quiet_NaN());
+        ASSERT_TRUE(communicator->Barrier().ok());
+        communicator->set_data_in_place(in_place);
+        const absl::Status status = (*engine)->Forward(inputs, outputs);
+        ASSERT_TRUE(status.ok()) << status;
+        if (first.empty()) first = o;
+        EXPECT_EQ(o, first) << in_place;
+        EXPECT_GT((*engine)->last_stats().records_fetched(), 0);
+      }
     });
   }
   for (std::thread& thread : threads) thread.join();
