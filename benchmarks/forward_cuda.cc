@@ -1,11 +1,11 @@
-// The whole forward on GPUs: time, and whether ranks and GPU agree with one rank and with the CPU.
+// The whole forward on GPUs: time, exposed communication, memory, and whether ranks and GPU agree
+// with one rank and with the CPU.
 //
-//   forward_cuda --tokens 65536                      one GPU
+//   forward_cuda --tokens 8192,65536                 one GPU
 //   mpirun -n 4 forward_cuda --tokens 65536          one GPU a rank
 //   forward_cuda --tokens 4096 --check               against the CPU kernels, relative L2 of o
 //
-// Prints one line of JSON: median, min and max of the step in milliseconds over --reps, the slowest
-// rank of each repetition counting; device events around the call, the L2 flushed before it.
+// Prints one line of JSON for each length; README.md says what its fields mean.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -14,59 +14,56 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
+#include "absl/functional/function_ref.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "comm/bootstrap/mpi_bootstrap.h"
-#include "comm/bootstrap/tcp_bootstrap.h"
+#include "benchmarks/forward_tensors.h"
+#include "benchmarks/gpu_rank.h"
+#include "benchmarks/gpu_timer.h"
+#include "benchmarks/in_place_communicator.h"
 #include "comm/loopback/loopback.h"
-#include "comm/nccl/nccl_communicator.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cuda/cuda_kernels.h"
+#include "nlohmann/json.hpp"
 #include "nsa/engine.h"
 
-ABSL_FLAG(int64_t, tokens, 8192, "tokens of the global sequence");
+ABSL_FLAG(std::vector<std::string>, tokens, {"8192"}, "tokens of the global sequence, ascending");
 ABSL_FLAG(int, q_heads, 64, "Hq");
 ABSL_FLAG(int, kv_heads, 4, "Hkv");
 ABSL_FLAG(int, dim_qk, 128, "Dk");
 ABSL_FLAG(int, dim_v, 128, "Dv");
 ABSL_FLAG(std::string, sharding, "zigzag", "see ShardPlan::Parse");
-ABSL_FLAG(int, reps, 10, "timed calls, after 3 that are not timed");
+ABSL_FLAG(int, reps, 10, "timed calls, after 3 that are not timed; at least 1");
 ABSL_FLAG(bool, check, false, "compare o with the CPU kernels' on one rank");
 
-namespace nsa {
+namespace nsa::benchmarks {
 namespace {
 
-#define RETURN_IF_ERROR(expression)                                         \
-  do {                                                                      \
-    if (absl::Status _status = (expression); !_status.ok()) return _status; \
-  } while (false)
+using Json = nlohmann::ordered_json;
 
-absl::Status Cuda(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return absl::OkStatus();
-  return absl::InternalError(absl::StrCat(what, ": ", cudaGetErrorString(error)));
-}
+constexpr int kWarmUps = 3;
+constexpr int kStageCalls = 5;
 
-// About normal, the same for an element of the global tensor on every rank and device.
-float Value(uint64_t seed, uint64_t index) {
-  uint64_t z = (index + 1) * 0x9e3779b97f4a7c15 + seed * 0xbf58476d1ce4e5b9;
-  float sum = 0;
-  for (int i = 0; i < 2; ++i) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-    z ^= z >> 31;
-    sum += static_cast<float>(z & 0xffff) + static_cast<float>(z >> 48);
+// To a tenth of a microsecond, or of a thousandth.
+double Rounded(double value) { return std::round(value * 1e4) / 1e4; }
+
+// Milliseconds by stage, in the order of the stages.
+using StageTimes = std::vector<std::pair<std::string, double>>;
+
+// The entry of `stage`, made if need be.
+template <typename T>
+T& At(std::vector<std::pair<std::string, T>>& by_stage, absl::string_view stage) {
+  for (auto& [name, value] : by_stage) {
+    if (name == stage) return value;
   }
-  return (sum / 65536.0f - 2.0f) * 1.7320508f;
-}
-
-uint16_t Bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  return by_stage.emplace_back(stage, T()).second;
 }
 
 float FromBf16(uint16_t x) {
@@ -85,212 +82,305 @@ NsaConfig MakeConfig() {
   return config;
 }
 
-// This rank's tensors in the memory of `kernels`.
-class RankTensors {
+// Device time of each stage: from when the caller's stream reaches it until it reaches the next.
+class StageTimer {
  public:
-  absl::Status Make(kernels::Kernels& kernels, const NsaConfig& config, const ShardPlan& plan,
-                    int rank) {
-    tokens_ = plan.TokensOfRank(rank);
-    auto make = [&](int64_t heads, int64_t dim, uint64_t seed, ConstTensor* view) {
-      const int64_t row = heads * dim;
-      std::vector<uint16_t> host(tokens_ * row);
-      for (int64_t t = 0; t < tokens_; ++t) {
-        const uint64_t first = plan.GlobalToken(rank, t) * row;
-        for (int64_t i = 0; i < row; ++i) host[t * row + i] = Bf16(Value(seed, first + i));
-      }
-      return Load(kernels, host.data(), tokens_ * row * 2, DType::kBF16, {tokens_, heads, dim},
-                  view);
-    };
-    ConstTensor k, v;
-    RETURN_IF_ERROR(make(config.num_q_heads, config.head_dim_qk, 1, &inputs_.q));
-    RETURN_IF_ERROR(make(config.num_kv_heads, config.head_dim_qk, 2, &k));
-    RETURN_IF_ERROR(make(config.num_kv_heads, config.head_dim_v, 3, &v));
-    inputs_.SetSharedKv(k, v);
-    const std::vector<float> gate(tokens_ * config.num_q_heads * 3, 0.5f);
-    RETURN_IF_ERROR(Load(kernels, gate.data(), static_cast<int64_t>(gate.size()) * 4, DType::kF32,
-                         {tokens_, config.num_q_heads, 3}, &inputs_.gate));
-    o_bytes_ = tokens_ * config.num_q_heads * config.head_dim_v * 2;
-    auto memory = kernels.Allocate(std::max<int64_t>(1, o_bytes_));
-    if (!memory.ok()) return memory.status();
-    outputs_.o =
-        Tensor((*memory)->data(), DType::kBF16, {tokens_, config.num_q_heads, config.head_dim_v});
-    memory_.push_back(*std::move(memory));
-    return absl::OkStatus();
+  explicit StageTimer(cudaStream_t stream) : stream_(stream) {}
+  ~StageTimer() {
+    for (cudaEvent_t event : events_) (void)cudaEventDestroy(event);
+  }
+  StageTimer(const StageTimer&) = delete;
+  StageTimer& operator=(const StageTimer&) = delete;
+
+  void Begin(absl::string_view stage) {
+    stages_.emplace_back(stage);
+    if (stages_.size() > events_.size()) {
+      events_.push_back(nullptr);
+      Keep(cudaEventCreate(&events_.back()));
+    }
+    Keep(cudaEventRecord(events_[stages_.size() - 1], stream_));
   }
 
-  const ForwardInputs& inputs() const { return inputs_; }
-  const ForwardOutputs& outputs() const { return outputs_; }
-
-  absl::StatusOr<std::vector<uint16_t>> Output(kernels::Kernels& kernels) const {
-    std::vector<uint16_t> host(o_bytes_ / 2);
-    RETURN_IF_ERROR(kernels.CopyToHost(host.data(), outputs_.o.data, o_bytes_, nullptr));
-    RETURN_IF_ERROR(kernels.Synchronize(nullptr));
-    return host;
+  // Of the call since the last Read, whose end a Begin has marked; pieces of the queries are summed
+  // up. For a stream that has done all of it.
+  absl::StatusOr<StageTimes> Read() {
+    StageTimes times;
+    for (size_t i = 0; i + 1 < stages_.size(); ++i) {
+      float milliseconds = 0;
+      Keep(cudaEventElapsedTime(&milliseconds, events_[i], events_[i + 1]));
+      At(times, stages_[i]) += milliseconds;
+    }
+    stages_.clear();
+    NSA_BENCHMARK_OK(CudaStatus(error_, "timing stages"));
+    return times;
   }
 
  private:
-  absl::Status Load(kernels::Kernels& kernels, const void* host, int64_t num_bytes, DType dtype,
-                    Dims shape, ConstTensor* view) {
-    auto memory = kernels.Allocate(std::max<int64_t>(1, num_bytes));
-    if (!memory.ok()) return memory.status();
-    RETURN_IF_ERROR(kernels.CopyFromHost((*memory)->data(), host, num_bytes, nullptr));
-    RETURN_IF_ERROR(kernels.Synchronize(nullptr));
-    *view = ConstTensor((*memory)->data(), dtype, std::move(shape));
-    memory_.push_back(*std::move(memory));
-    return absl::OkStatus();
+  void Keep(cudaError_t error) {
+    if (error_ == cudaSuccess) error_ = error;
   }
 
-  int64_t tokens_ = 0;
-  int64_t o_bytes_ = 0;
-  ForwardInputs inputs_;
-  ForwardOutputs outputs_;
-  std::vector<std::unique_ptr<kernels::Memory>> memory_;
+  const cudaStream_t stream_;
+  std::vector<std::string> stages_;  // in order
+  std::vector<cudaEvent_t> events_;
+  cudaError_t error_ = cudaSuccess;
 };
 
-// o of the whole sequence by the CPU kernels.
-absl::StatusOr<std::vector<uint16_t>> OnCpu(const NsaConfig& config, int64_t tokens) {
-  auto group = comm::LoopbackGroup::Create(1);
-  if (!group.ok()) return group.status();
-  auto kernels = kernels::CpuKernels::Create({});
-  if (!kernels.ok()) return kernels.status();
-  const ShardPlan plan = *ShardPlan::Parse("contiguous", tokens, 1);
-  RankTensors tensors;
-  RETURN_IF_ERROR(tensors.Make(**kernels, config, plan, 0));
-  kernels::Kernels& cpu = **kernels;
-  auto engine =
-      Engine::Create({.config = config}, plan, std::move((*group)[0]), *std::move(kernels));
-  if (!engine.ok()) return engine.status();
-  RETURN_IF_ERROR((*engine)->Forward(tensors.inputs(), tensors.outputs()));
-  return tensors.Output(cpu);
+// What all measurements of a process share.
+struct Bench {
+  GpuRank gpu;
+  std::shared_ptr<InPlaceCommunicator> communicator;
+  std::shared_ptr<kernels::Kernels> kernels;
+  std::unique_ptr<GpuTimer> timer;
+};
+
+// Memory in use on this rank's GPU but for what flushes the L2: the caller's tensors, the engine,
+// NCCL and the CUDA context.
+absl::StatusOr<int64_t> UsedMib() {
+  size_t free_bytes = 0, total_bytes = 0;
+  NSA_BENCHMARK_OK(CudaStatus(cudaMemGetInfo(&free_bytes, &total_bytes), "cudaMemGetInfo"));
+  return (static_cast<int64_t>(total_bytes - free_bytes) - GpuTimer::kFlushBytes) >> 20;
 }
 
-double RelativeL2OfRows(const std::vector<uint16_t>& whole, const std::vector<uint16_t>& mine,
-                        const ShardPlan& plan, int rank, int64_t row) {
+// This rank's milliseconds of `work`, which all ranks begin together.
+absl::StatusOr<double> TimeTogether(Bench& bench, absl::FunctionRef<absl::Status()> work) {
+  const auto meet = [&] {
+    NSA_BENCHMARK_OK(CudaStatus(cudaStreamSynchronize(bench.timer->stream()), "flush"));
+    return bench.communicator->Barrier();
+  };
+  return bench.timer->Time(meet, work);
+}
+
+// The slowest rank's milliseconds of a call.
+absl::StatusOr<double> TimeForward(Bench& bench, Engine& engine, const ForwardTensors& tensors) {
+  auto mine = TimeTogether(bench, [&] {
+    return engine.Forward(tensors.inputs(), tensors.outputs(), bench.timer->stream());
+  });
+  return mine.ok() ? LargestOfRanks(*bench.communicator, *mine) : mine.status();
+}
+
+// Milliseconds by stage: the median of kStageCalls calls, averaged over the ranks.
+absl::StatusOr<Json> TimeStages(Bench& bench, const EngineOptions& options, const ShardPlan& plan,
+                                const ForwardTensors& tensors) {
+  StageTimer stages(bench.timer->stream());
+  EngineOptions observed = options;
+  observed.on_stage = [&stages](absl::string_view stage) { stages.Begin(stage); };
+  auto engine = Engine::Create(observed, plan, bench.communicator, bench.kernels);
+  if (!engine.ok()) return engine.status();
+  std::vector<std::pair<std::string, std::vector<double>>> times;
+  for (int i = -1; i < kStageCalls; ++i) {
+    auto total = TimeTogether(bench, [&] {
+      NSA_BENCHMARK_OK(
+          (*engine)->Forward(tensors.inputs(), tensors.outputs(), bench.timer->stream()));
+      stages.Begin("end");
+      return absl::OkStatus();
+    });
+    if (!total.ok()) return total.status();
+    auto call = stages.Read();
+    if (!call.ok()) return call.status();
+    for (const auto& [stage, ms] : *call) {
+      if (i >= 0) At(times, stage).push_back(ms);
+    }
+  }
+  Json mine;
+  for (const auto& [stage, values] : times) mine[stage] = SpreadOf(values).median;
+  auto all = bench.communicator->HostAllGather(mine.dump());
+  if (!all.ok()) return all.status();
+  StageTimes mean;
+  for (const std::string& one : *all) {
+    const Json theirs = Json::parse(one);
+    for (const auto& [stage, ms] : theirs.items()) {
+      At(mean, stage) += ms.get<double>() / static_cast<double>(all->size());
+    }
+  }
+  Json rounded;
+  for (const auto& [stage, ms] : mean) rounded[stage] = Rounded(ms);
+  return rounded;
+}
+
+// o of the whole sequence by the CPU kernels.
+absl::StatusOr<std::vector<uint16_t>> OnCpu(Bench& bench, const NsaConfig& config, int64_t tokens) {
+  auto group = comm::LoopbackGroup::Create(1);
+  if (!group.ok()) return group.status();
+  auto cpu = kernels::CpuKernels::Create({});
+  if (!cpu.ok()) return cpu.status();
+  const ShardPlan plan = *ShardPlan::Parse("contiguous", tokens, 1);
+  auto on_device = ForwardTensors::Allocate(*bench.kernels, config, plan, 0);
+  if (!on_device.ok()) return on_device.status();
+  NSA_BENCHMARK_OK(on_device->Fill(bench.timer->stream()));
+  auto tensors = ForwardTensors::Allocate(**cpu, config, plan, 0);
+  if (!tensors.ok()) return tensors.status();
+  NSA_BENCHMARK_OK(tensors->CopyInputs(*on_device));
+  auto engine = Engine::Create({.config = config}, plan, std::move((*group)[0]), *std::move(cpu));
+  if (!engine.ok()) return engine.status();
+  NSA_BENCHMARK_OK((*engine)->Forward(tensors->inputs(), tensors->outputs()));
+  return tensors->OutputOnHost();
+}
+
+absl::StatusOr<double> RelativeL2AgainstCpu(Bench& bench, const NsaConfig& config,
+                                            const ShardPlan& plan, const ForwardTensors& tensors) {
+  auto whole = OnCpu(bench, config, plan.num_tokens());
+  if (!whole.ok()) return whole.status();
+  auto mine = tensors.OutputOnHost();
+  if (!mine.ok()) return mine.status();
+  const int rank = bench.communicator->rank();
+  const int64_t row = int64_t{config.num_q_heads} * config.head_dim_v;
   double difference = 0, norm = 0;
   for (int64_t t = 0; t < plan.TokensOfRank(rank); ++t) {
     const int64_t first = plan.GlobalToken(rank, t) * row;
     for (int64_t i = 0; i < row; ++i) {
-      const double expected = FromBf16(whole[first + i]);
-      const double d = FromBf16(mine[t * row + i]) - expected;
+      const double expected = FromBf16((*whole)[first + i]);
+      const double d = FromBf16((*mine)[t * row + i]) - expected;
       difference += d * d;
       norm += expected * expected;
     }
   }
-  return std::sqrt(difference / norm);
+  return LargestOfRanks(*bench.communicator, std::sqrt(difference / norm));
 }
 
-// Sum of the bits of o with each element's global place: equal for equal o, however it is sharded.
-uint64_t Fingerprint(const std::vector<uint16_t>& o, const ShardPlan& plan, int rank, int64_t row) {
+absl::StatusOr<std::string> FingerprintOfAll(Bench& bench, const ForwardTensors& tensors) {
+  auto mine = tensors.Fingerprint(*bench.kernels, bench.timer->stream());
+  if (!mine.ok()) return mine.status();
+  auto all = bench.communicator->HostAllGather(absl::StrCat(*mine));
+  if (!all.ok()) return all.status();
   uint64_t sum = 0;
-  for (int64_t t = 0; t < plan.TokensOfRank(rank); ++t) {
-    uint64_t place = plan.GlobalToken(rank, t) * row;
-    for (int64_t i = 0; i < row; ++i) sum += (++place * 0x9e3779b97f4a7c15) * (o[t * row + i] + 1);
-  }
-  return sum;
+  for (const std::string& one : *all) sum += std::strtoull(one.c_str(), nullptr, 10);
+  return absl::StrFormat("%016x", sum);
 }
 
-absl::Status Run(std::unique_ptr<comm::Bootstrap> bootstrap) {
-  const int rank = bootstrap->rank();
-  int num_gpus = 0;
-  RETURN_IF_ERROR(Cuda(cudaGetDeviceCount(&num_gpus), "cudaGetDeviceCount"));
-  const int device = rank % num_gpus;
-  RETURN_IF_ERROR(Cuda(cudaSetDevice(device), "cudaSetDevice"));
-  auto created = comm::NcclCommunicator::Create(std::move(bootstrap), {.device = device});
-  if (!created.ok()) return created.status();
-  std::shared_ptr<comm::Communicator> communicator = *std::move(created);
-  auto made = kernels::CudaKernels::Create({.device = device});
-  if (!made.ok()) return made.status();
-  std::shared_ptr<kernels::Kernels> kernels = *std::move(made);
-  const NsaConfig config = MakeConfig();
-  const int64_t tokens = absl::GetFlag(FLAGS_tokens);
-  auto plan = ShardPlan::Parse(absl::GetFlag(FLAGS_sharding), tokens, communicator->size());
+Json Milliseconds(const Spread& spread) {
+  return {{"median_ms", Rounded(spread.median)},
+          {"min_ms", Rounded(spread.min)},
+          {"max_ms", Rounded(spread.max)}};
+}
+
+// The step, and in turns with it the step with remote data in place, into `line`. The last call is
+// one that moves data.
+absl::Status MeasureStep(Bench& bench, Engine& engine, const ForwardTensors& tensors, Json& line) {
+  const bool several = bench.communicator->size() > 1;
+  std::vector<double> step, in_place;
+  for (int i = -kWarmUps; i < absl::GetFlag(FLAGS_reps); ++i) {
+    auto ms = TimeForward(bench, engine, tensors);
+    if (!ms.ok()) return ms.status();
+    if (i >= 0) step.push_back(*ms);
+    if (!several) continue;
+    bench.communicator->set_data_in_place(true);
+    ms = TimeForward(bench, engine, tensors);
+    bench.communicator->set_data_in_place(false);
+    if (!ms.ok()) return ms.status();
+    if (i >= 0) in_place.push_back(*ms);
+  }
+  line.update(Milliseconds(SpreadOf(step)));
+  line["reps"] = step.size();
+
+  // Nothing was freed since the first call.
+  auto used_mib = UsedMib();
+  if (!used_mib.ok()) return used_mib.status();
+  auto peak_mib = LargestOfRanks(*bench.communicator, static_cast<double>(*used_mib));
+  if (!peak_mib.ok()) return peak_mib.status();
+  line["peak_memory_mib"] = *peak_mib;
+
+  auto fingerprint = FingerprintOfAll(bench, tensors);
+  if (!fingerprint.ok()) return fingerprint.status();
+  if (several) {
+    const std::string of_in_place = *fingerprint;
+    NSA_BENCHMARK_OK(TimeForward(bench, engine, tensors).status());
+    fingerprint = FingerprintOfAll(bench, tensors);
+    if (!fingerprint.ok()) return fingerprint.status();
+    line["in_place"] = Milliseconds(SpreadOf(in_place));
+    line["in_place"]["same_bits"] = of_in_place == *fingerprint;
+    line["exposed_communication"] = Rounded(SpreadOf(step).median / SpreadOf(in_place).median - 1);
+  }
+  line["fingerprint"] = *fingerprint;
+  return absl::OkStatus();
+}
+
+absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
+  const EngineOptions options = {.config = MakeConfig()};
+  auto plan = ShardPlan::Parse(absl::GetFlag(FLAGS_sharding), tokens, bench.communicator->size());
   if (!plan.ok()) return plan.status();
-  auto engine = Engine::Create({.config = config}, *plan, communicator, kernels);
-  if (!engine.ok()) return engine.status();
-  RankTensors tensors;
-  RETURN_IF_ERROR(tensors.Make(*kernels, config, *plan, rank));
-
-  cudaStream_t stream;
-  RETURN_IF_ERROR(Cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream"));
-  cudaEvent_t begin, end;
-  RETURN_IF_ERROR(Cuda(cudaEventCreate(&begin), "event"));
-  RETURN_IF_ERROR(Cuda(cudaEventCreate(&end), "event"));
-  auto flush = kernels->Allocate(int64_t{256} << 20);
-  if (!flush.ok()) return flush.status();
-  std::vector<double> times;
-  for (int i = -3; i < absl::GetFlag(FLAGS_reps); ++i) {
-    RETURN_IF_ERROR(Cuda(cudaMemsetAsync((*flush)->data(), i, size_t{256} << 20, stream), "flush"));
-    RETURN_IF_ERROR(Cuda(cudaStreamSynchronize(stream), "flush"));
-    RETURN_IF_ERROR(communicator->Barrier());
-    RETURN_IF_ERROR(Cuda(cudaEventRecord(begin, stream), "event"));
-    RETURN_IF_ERROR((*engine)->Forward(tensors.inputs(), tensors.outputs(), stream));
-    RETURN_IF_ERROR(Cuda(cudaEventRecord(end, stream), "event"));
-    RETURN_IF_ERROR(Cuda(cudaStreamSynchronize(stream), "forward"));
-    float milliseconds = 0;
-    RETURN_IF_ERROR(Cuda(cudaEventElapsedTime(&milliseconds, begin, end), "event"));
-    auto all = communicator->HostAllGather(absl::StrCat(milliseconds));
-    if (!all.ok()) return all.status();
-    double slowest = 0;
-    for (const std::string& one : *all) slowest = std::max(slowest, std::atof(one.c_str()));
-    if (i >= 0) times.push_back(slowest);
+  auto tensors =
+      ForwardTensors::Allocate(*bench.kernels, options.config, *plan, bench.communicator->rank());
+  if (!tensors.ok()) return tensors.status();
+  NSA_BENCHMARK_OK(tensors->Fill(bench.timer->stream()));
+  Json line = heading;
+  line["tokens"] = tokens;
+  {
+    auto engine = Engine::Create(options, *plan, bench.communicator, bench.kernels);
+    if (!engine.ok()) return engine.status();
+    NSA_BENCHMARK_OK(MeasureStep(bench, **engine, *tensors, line));
+    if (absl::GetFlag(FLAGS_check)) {
+      auto error = RelativeL2AgainstCpu(bench, options.config, *plan, *tensors);
+      if (!error.ok()) return error.status();
+      line["relative_l2_against_cpu"] = *error;
+    }
+    auto stats = (*engine)->GatherStats();
+    if (!stats.ok()) return stats.status();
+    double flops = 0;
+    int64_t fetched_bytes = 0;
+    for (const RankStats& rank : stats->ranks()) {
+      flops += rank.flops();
+      fetched_bytes = std::max(fetched_bytes, rank.block_bytes_received());
+    }
+    line["flops"] = flops;
+    line["fetched_mib"] = static_cast<double>(fetched_bytes) / (1 << 20);
   }
-  std::sort(times.begin(), times.end());
-
-  auto o = tensors.Output(*kernels);
-  if (!o.ok()) return o.status();
-  const int64_t row = int64_t{config.num_q_heads} * config.head_dim_v;
-  std::string mine = absl::StrCat(Fingerprint(*o, *plan, rank, row));
-  if (absl::GetFlag(FLAGS_check)) {
-    auto whole = OnCpu(config, tokens);
-    if (!whole.ok()) return whole.status();
-    std::fprintf(stderr, "rank %d: relative L2 of o against the CPU kernels %.2e\n", rank,
-                 RelativeL2OfRows(*whole, *o, *plan, rank, row));
+  auto stages = TimeStages(bench, options, *plan, *tensors);
+  if (!stages.ok()) return stages.status();
+  line["stages_ms"] = *std::move(stages);
+  if (bench.communicator->rank() == 0) {
+    std::printf("%s\n", line.dump().c_str());
+    std::fflush(stdout);
   }
-  auto fingerprints = communicator->HostAllGather(mine);
-  if (!fingerprints.ok()) return fingerprints.status();
-  uint64_t fingerprint = 0;
-  for (const std::string& one : *fingerprints)
-    fingerprint += std::strtoull(one.c_str(), nullptr, 10);
-  size_t free_bytes = 0, total_bytes = 0;
-  RETURN_IF_ERROR(Cuda(cudaMemGetInfo(&free_bytes, &total_bytes), "cudaMemGetInfo"));
-  cudaDeviceProp properties;
-  RETURN_IF_ERROR(Cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties"));
-  if (rank == 0) {
-    std::printf(
-        "{\"gpu\": \"%s\", \"gpus\": %d, \"tokens\": %ld, \"q_heads\": %d, \"kv_heads\": %d, "
-        "\"dim_qk\": %d, \"dim_v\": %d, \"sharding\": \"%s\", \"median_ms\": %.3f, \"min_ms\": "
-        "%.3f, \"max_ms\": %.3f, \"reps\": %zu, \"device_memory_used_mib\": %zu, \"fingerprint\": "
-        "\"%016lx\"}\n",
-        properties.name, communicator->size(), static_cast<long>(tokens), config.num_q_heads,
-        config.num_kv_heads, config.head_dim_qk, config.head_dim_v,
-        absl::GetFlag(FLAGS_sharding).c_str(), times[times.size() / 2], times.front(), times.back(),
-        times.size(), (total_bytes - free_bytes) >> 20, static_cast<unsigned long>(fingerprint));
-  }
-  return communicator->Barrier();
+  return absl::OkStatus();
 }
 
-absl::Status RunUnderMpiOrAlone() {
-  if (std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr) {
-    comm::TcpBootstrapOptions options;
-    options.master_addr = "127.0.0.1";
-    options.master_port = 29400;
-    auto bootstrap = comm::CreateTcpBootstrap(options);
-    return bootstrap.ok() ? Run(*std::move(bootstrap)) : bootstrap.status();
+absl::Status Run(GpuRank gpu) {
+  auto kernels = kernels::CudaKernels::Create({.device = gpu.device});
+  if (!kernels.ok()) return kernels.status();
+  auto timer = GpuTimer::Create();
+  if (!timer.ok()) return timer.status();
+  Bench bench = {gpu, std::make_shared<InPlaceCommunicator>(gpu.communicator), *std::move(kernels),
+                 *std::move(timer)};
+
+  cudaDeviceProp properties;
+  int runtime = 0;
+  NSA_BENCHMARK_OK(
+      CudaStatus(cudaGetDeviceProperties(&properties, gpu.device), "cudaGetDeviceProperties"));
+  NSA_BENCHMARK_OK(CudaStatus(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion"));
+  const NsaConfig config = MakeConfig();
+  const Json heading = {{"implementation", "nsa"},
+                        {"gpu", properties.name},
+                        {"cuda", absl::StrCat(runtime / 1000, ".", runtime % 1000 / 10)},
+                        {"gpus", bench.communicator->size()},
+                        {"q_heads", config.num_q_heads},
+                        {"kv_heads", config.num_kv_heads},
+                        {"dim_qk", config.head_dim_qk},
+                        {"dim_v", config.head_dim_v},
+                        {"sharding", absl::GetFlag(FLAGS_sharding)}};
+  for (const std::string& length : absl::GetFlag(FLAGS_tokens)) {
+    int64_t tokens = 0;
+    if (!absl::SimpleAtoi(length, &tokens) || tokens < 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--tokens has \"", length, "\": must be whole numbers, at least 1"));
+    }
+    NSA_BENCHMARK_OK(MeasureLength(bench, heading, tokens));
   }
-  auto session = comm::MpiSession::Start();
-  if (!session.ok()) return session.status();
-  auto bootstrap = comm::CreateMpiBootstrap();
-  if (!bootstrap.ok()) return bootstrap.status();
-  RETURN_IF_ERROR(Run(*std::move(bootstrap)));
-  return (*session)->Finish(absl::Seconds(60));
+  return bench.communicator->Barrier();
 }
 
 }  // namespace
-}  // namespace nsa
+}  // namespace nsa::benchmarks
 
 int main(int argc, char** argv) {
   absl::ParseCommandLine(argc, argv);
-  const absl::Status status = nsa::RunUnderMpiOrAlone();
+  if (absl::GetFlag(FLAGS_reps) < 1) {
+    std::fprintf(stderr, "forward_cuda: --reps = %d: must be at least 1\n",
+                 absl::GetFlag(FLAGS_reps));
+    return 1;
+  }
+  const bool under_mpirun = std::getenv("OMPI_COMM_WORLD_SIZE") != nullptr;
+  const absl::Status status = nsa::benchmarks::RunOnGpu(under_mpirun, {}, nsa::benchmarks::Run);
   if (status.ok()) return 0;
   std::fprintf(stderr, "forward_cuda: %s\n", status.ToString().c_str());
   return 1;

@@ -1,0 +1,69 @@
+"""Result files of the scaling run (benchmarks/README.md), and the figures that follow from them."""
+
+import json
+from pathlib import Path
+
+SHAPE = ("q_heads", "kv_heads", "dim_qk", "dim_v")
+
+
+def load(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def shape_of(result):
+    return tuple(result[field] for field in SHAPE)
+
+
+def shapes(results):
+    """Those of the zig-zag runs, in order of appearance."""
+    return list(dict.fromkeys(shape_of(r) for r in results if r["sharding"] == "zigzag"))
+
+
+def select(results, implementation, shape):
+    """{(gpus, tokens): result}; of several of the same the last. Zig-zag alone, and no checks."""
+    return {(r["gpus"], r["tokens"]): r for r in results
+            if r.get("implementation", "nsa") == implementation and shape_of(r) == shape
+            and r["sharding"] == "zigzag" and "relative_l2_against_cpu" not in r}
+
+
+def add_dense_ratios(results):
+    """Sets dense_ratio, the dense time over ours, where both were measured."""
+    for shape in shapes(results):
+        dense = select(results, "dense", shape)
+        for place, result in select(results, "nsa", shape).items():
+            if place in dense:
+                result["dense_ratio"] = round(dense[place]["median_ms"] / result["median_ms"], 4)
+
+
+def times(of_place, gpus):
+    """[(tokens, median ms)], ascending."""
+    return sorted((tokens, r["median_ms"]) for (p, tokens), r in of_place.items() if p == gpus)
+
+
+def dense_ratios(ours, dense, gpus):
+    """[(tokens, dense time / our time)], ascending."""
+    return sorted((tokens, dense[p, tokens]["median_ms"] / r["median_ms"])
+                  for (p, tokens), r in ours.items() if p == gpus and (p, tokens) in dense)
+
+
+def strong_efficiency(of_place, tokens):
+    """[(gpus, time of one / (gpus * time))] for one length, ascending; needs the time of one."""
+    one = of_place.get((1, tokens))
+    return sorted((gpus, one["median_ms"] / (gpus * r["median_ms"]))
+                  for (gpus, s), r in of_place.items() if s == tokens) if one else []
+
+
+def weak_efficiency(of_place, tokens_per_gpu):
+    """[(gpus, FLOP/s of a GPU over those of one GPU alone)], ascending, each at tokens_per_gpu.
+
+    Attention's work grows faster than its tokens, so equal times are not to be expected: what
+    should stay the same is the rate at which each GPU works.
+    """
+    def rate(result):
+        return result["flops"] / (result["gpus"] * result["median_ms"])
+
+    one = of_place.get((1, tokens_per_gpu))
+    if not one or "flops" not in one:
+        return []
+    return sorted((gpus, rate(r) / rate(one)) for (gpus, tokens), r in of_place.items()
+                  if tokens == gpus * tokens_per_gpu and "flops" in r)

@@ -1,0 +1,55 @@
+// The tensors that a caller of the forward holds on one rank, in bf16, with values that depend on
+// the place in the global tensor alone.
+#ifndef BENCHMARKS_FORWARD_TENSORS_H_
+#define BENCHMARKS_FORWARD_TENSORS_H_
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/kernels.h"
+#include "nsa/engine.h"
+
+namespace nsa::benchmarks {
+
+class ForwardTensors {
+ public:
+  // Of rank `rank` of `plan`, in the memory of `kernels`; k and v are shared by the branches. Which
+  // values they have is not said yet.
+  static absl::StatusOr<ForwardTensors> Allocate(kernels::Kernels& kernels, const NsaConfig& config,
+                                                 const ShardPlan& plan, int rank);
+
+  // q, k and v about normal, the gates 0.5. For device memory.
+  absl::Status Fill(cudaStream_t stream);
+  // The inputs of `other`, which has the same shapes, wherever its memory is.
+  absl::Status CopyInputs(const ForwardTensors& other);
+
+  const ForwardInputs& inputs() const { return inputs_; }
+  const ForwardOutputs& outputs() const { return outputs_; }
+
+  // Of o in device memory: its sum over the ranks is equal for equal o, however it is sharded.
+  absl::StatusOr<uint64_t> Fingerprint(kernels::Kernels& kernels, cudaStream_t stream) const;
+  absl::StatusOr<std::vector<uint16_t>> OutputOnHost() const;
+
+ private:
+  enum { kQ, kK, kV, kO, kGate, kNumParts };
+  struct Part {
+    int64_t row_elements = 0;  // of a token
+    int64_t num_bytes = 0;
+    std::unique_ptr<kernels::Memory> memory;
+  };
+
+  std::vector<Chunk> chunks_;
+  std::array<Part, kNumParts> parts_;
+  ForwardInputs inputs_;
+  ForwardOutputs outputs_;
+};
+
+}  // namespace nsa::benchmarks
+
+#endif  // BENCHMARKS_FORWARD_TENSORS_H_
