@@ -41,6 +41,7 @@ ABSL_FLAG(int, dim_qk, 128, "Dk");
 ABSL_FLAG(int, dim_v, 128, "Dv");
 ABSL_FLAG(std::string, sharding, "zigzag", "see ShardPlan::Parse");
 ABSL_FLAG(int, reps, 10, "timed calls, after 3 that are not timed; at least 1");
+ABSL_FLAG(bool, agree, false, "EngineOptions::agree_in_every_call");
 ABSL_FLAG(bool, check, false, "compare o with the CPU kernels' on one rank");
 
 namespace nsa::benchmarks {
@@ -82,50 +83,6 @@ NsaConfig MakeConfig() {
   return config;
 }
 
-// Device time of each stage: from when the caller's stream reaches it until it reaches the next.
-class StageTimer {
- public:
-  explicit StageTimer(cudaStream_t stream) : stream_(stream) {}
-  ~StageTimer() {
-    for (cudaEvent_t event : events_) (void)cudaEventDestroy(event);
-  }
-  StageTimer(const StageTimer&) = delete;
-  StageTimer& operator=(const StageTimer&) = delete;
-
-  void Begin(absl::string_view stage) {
-    stages_.emplace_back(stage);
-    if (stages_.size() > events_.size()) {
-      events_.push_back(nullptr);
-      Keep(cudaEventCreate(&events_.back()));
-    }
-    Keep(cudaEventRecord(events_[stages_.size() - 1], stream_));
-  }
-
-  // Of the call since the last Read, whose end a Begin has marked; pieces of the queries are summed
-  // up. For a stream that has done all of it.
-  absl::StatusOr<StageTimes> Read() {
-    StageTimes times;
-    for (size_t i = 0; i + 1 < stages_.size(); ++i) {
-      float milliseconds = 0;
-      Keep(cudaEventElapsedTime(&milliseconds, events_[i], events_[i + 1]));
-      At(times, stages_[i]) += milliseconds;
-    }
-    stages_.clear();
-    NSA_BENCHMARK_OK(CudaStatus(error_, "timing stages"));
-    return times;
-  }
-
- private:
-  void Keep(cudaError_t error) {
-    if (error_ == cudaSuccess) error_ = error;
-  }
-
-  const cudaStream_t stream_;
-  std::vector<std::string> stages_;  // in order
-  std::vector<cudaEvent_t> events_;
-  cudaError_t error_ = cudaSuccess;
-};
-
 // What all measurements of a process share.
 struct Bench {
   GpuRank gpu;
@@ -162,23 +119,23 @@ absl::StatusOr<double> TimeForward(Bench& bench, Engine& engine, const ForwardTe
 // Milliseconds by stage: the median of kStageCalls calls, averaged over the ranks.
 absl::StatusOr<Json> TimeStages(Bench& bench, const EngineOptions& options, const ShardPlan& plan,
                                 const ForwardTensors& tensors) {
-  StageTimer stages(bench.timer->stream());
-  EngineOptions observed = options;
-  observed.on_stage = [&stages](absl::string_view stage) { stages.Begin(stage); };
-  auto engine = Engine::Create(observed, plan, bench.communicator, bench.kernels);
+  EngineOptions timed = options;
+  timed.time_stages = true;
+  auto engine = Engine::Create(timed, plan, bench.communicator, bench.kernels);
   if (!engine.ok()) return engine.status();
   std::vector<std::pair<std::string, std::vector<double>>> times;
   for (int i = -1; i < kStageCalls; ++i) {
     auto total = TimeTogether(bench, [&] {
-      NSA_BENCHMARK_OK(
-          (*engine)->Forward(tensors.inputs(), tensors.outputs(), bench.timer->stream()));
-      stages.Begin("end");
-      return absl::OkStatus();
+      return (*engine)->Forward(tensors.inputs(), tensors.outputs(), bench.timer->stream());
     });
     if (!total.ok()) return total.status();
-    auto call = stages.Read();
-    if (!call.ok()) return call.status();
-    for (const auto& [stage, ms] : *call) {
+    auto stats = (*engine)->LastStats();
+    if (!stats.ok()) return stats.status();
+    StageTimes call;
+    for (const StageSpan& span : stats->stages()) {
+      At(call, span.stage()) += (span.end_seconds() - span.begin_seconds()) * 1e3;
+    }
+    for (const auto& [stage, ms] : call) {
       if (i >= 0) At(times, stage).push_back(ms);
     }
   }
@@ -296,7 +253,8 @@ absl::Status MeasureStep(Bench& bench, Engine& engine, const ForwardTensors& ten
 }
 
 absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
-  const EngineOptions options = {.config = MakeConfig()};
+  EngineOptions options = {.config = MakeConfig()};
+  options.agree_in_every_call = absl::GetFlag(FLAGS_agree);
   auto plan = ShardPlan::Parse(absl::GetFlag(FLAGS_sharding), tokens, bench.communicator->size());
   if (!plan.ok()) return plan.status();
   auto tensors =
@@ -305,6 +263,7 @@ absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
   NSA_BENCHMARK_OK(tensors->Fill(bench.timer->stream()));
   Json line = heading;
   line["tokens"] = tokens;
+  line["agree_in_every_call"] = options.agree_in_every_call;
   {
     auto engine = Engine::Create(options, *plan, bench.communicator, bench.kernels);
     if (!engine.ok()) return engine.status();

@@ -109,7 +109,7 @@ def draw_stages(ours):
     for name, total in zip(names, totals):
         axis.text(1.01, name, f"{total:.3g} ms", va="center")
     axis.set_xlim(0, 1)
-    axis.set_xlabel("share of the time on the caller's stream")
+    axis.set_xlabel("share of the stages' time")
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     if rows:

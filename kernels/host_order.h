@@ -27,6 +27,7 @@ class HostOrder : public Kernels {
     return absl::OkStatus();
   }
   absl::Status WaitFor(Event& /*event*/, void* /*stream*/) override { return absl::OkStatus(); }
+  absl::StatusOr<bool> IsCapturing(void* /*stream*/) override { return false; }
   absl::StatusOr<double> SecondsBetween(Event& begin, Event& end) override {
     return absl::ToDoubleSeconds(static_cast<HostEvent&>(end).time -
                                  static_cast<HostEvent&>(begin).time);

@@ -61,10 +61,11 @@ class Kernels {
   virtual absl::StatusOr<std::unique_ptr<Event>> CreateEvent(EventUse use) = 0;
   // `event` becomes the point behind everything that was enqueued on `stream`.
   virtual absl::Status Record(Event& event, void* stream) = 0;
-  // What is enqueued on `stream` from now on begins after `event` (kOrder), as last recorded. While
-  // a graph is captured, only events of that capture count: the graph's owner has to see to it that
-  // what came before has ended when the graph is launched.
+  // What is enqueued on `stream` from now on begins after `event` (kOrder), as last recorded. An
+  // event that a graph's capture recorded can be waited for in that capture alone.
   virtual absl::Status WaitFor(Event& event, void* stream) = 0;
+  // Whether what is enqueued on `stream` becomes part of a graph that is being captured.
+  virtual absl::StatusOr<bool> IsCapturing(void* stream) = 0;
   // Of two events (kTime) that have been reached; FailedPrecondition when one has not.
   virtual absl::StatusOr<double> SecondsBetween(Event& begin, Event& end) = 0;
   // A name for profilers to show over what is enqueued until EndRange.

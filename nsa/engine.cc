@@ -23,11 +23,8 @@ class EngineImpl final : public Engine {
     PassContext& context = *context_;
     context.stats = FreshStats(inputs);
     NSA_RETURN_IF_ERROR(AgreeOnCall(inputs, outputs, stream));
-    absl::Status status = context.kernels->WaitFor(*context.done, stream);
-    if (status.ok()) status = RunForward(context, inputs, outputs, stream);
-    if (status.ok()) status = context.kernels->Record(*context.done, stream);
     // A failure of this rank alone would leave the others waiting for it.
-    return AbortOnError(std::move(status));
+    return AbortOnError(RunInOrder(inputs, outputs, stream));
   }
 
   absl::StatusOr<RankStats> LastStats() override {
@@ -80,6 +77,18 @@ class EngineImpl final : public Engine {
     comm::Communicator& communicator = *context_->communicator;
     if (!status.ok() && communicator.HealthCheck().ok()) communicator.Abort(status.ToString());
     return status;
+  }
+
+  // Calls share the workspace. A graph's owner keeps it in order with other calls.
+  absl::Status RunInOrder(const ForwardInputs& inputs, const ForwardOutputs& outputs,
+                          void* stream) {
+    PassContext& context = *context_;
+    const absl::StatusOr<bool> capturing = context.kernels->IsCapturing(stream);
+    if (!capturing.ok()) return capturing.status();
+    if (*capturing) return RunForward(context, inputs, outputs, stream);
+    NSA_RETURN_IF_ERROR(context.kernels->WaitFor(*context.done, stream));
+    NSA_RETURN_IF_ERROR(RunForward(context, inputs, outputs, stream));
+    return context.kernels->Record(*context.done, stream);
   }
 
   absl::Status AgreeOnCall(const ForwardInputs& inputs, const ForwardOutputs& outputs,

@@ -242,6 +242,59 @@ TEST_F(EngineTest, FailureOfOneRankInTheMiddleReachesTheOthersAtOnce) {
   }
 }
 
+// Waits and allocations would stop a GPU's host, and could not be captured in a graph.
+TEST_F(EngineTest, AForwardNeitherWaitsNorAllocates) {
+  class Counting : public test::DelegatingKernels {
+   public:
+    using DelegatingKernels::DelegatingKernels;
+    absl::StatusOr<std::unique_ptr<kernels::Memory>> Allocate(int64_t num_bytes) override {
+      ++num_calls;
+      return DelegatingKernels::Allocate(num_bytes);
+    }
+    absl::Status Synchronize(void* stream) override {
+      ++num_calls;
+      return DelegatingKernels::Synchronize(stream);
+    }
+    absl::Status CopyToHost(void* dst, const void* src, int64_t num_bytes, void* stream) override {
+      ++num_calls;
+      return DelegatingKernels::CopyToHost(dst, src, num_bytes, stream);
+    }
+    int num_calls = 0;
+  };
+  const auto counting = std::make_shared<Counting>(ranks_[2].kernels);
+  ranks_[2].kernels = counting;
+  Create();
+  const int before = counting->num_calls;
+  for (const absl::Status& status : Forward()) ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ(counting->num_calls, before);
+  const absl::StatusOr<RankStats> stats = ranks_[2].engine->LastStats();
+  ASSERT_TRUE(stats.ok()) << stats.status();
+  EXPECT_GT(counting->num_calls, before);
+  EXPECT_GT(stats->records_fetched(), 0);
+  EXPECT_EQ(stats->stages_size(), 0);
+}
+
+TEST_F(EngineTest, ArgumentsAreComparedOnceIfSoAsked) {
+  std::vector<std::string> stages;
+  for (Rank& rank : ranks_) rank.options.agree_in_every_call = false;
+  ranks_[0].options.on_stage = [&stages](absl::string_view stage) {
+    stages.push_back(std::string(stage));
+  };
+  Create();
+  for (const absl::Status& status : Forward()) ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ(stages.front(), "agree");
+  stages.clear();
+  for (const absl::Status& status : Forward()) ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ(stages.front(), "halo");
+  // Now a mistake of one rank alone ends in an error of all, and nobody waits for long.
+  ranks_[1].inputs.q = ConstTensor();
+  const absl::Time begin = absl::Now();
+  const std::vector<absl::Status> statuses = Forward();
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(10));
+  EXPECT_EQ(statuses[1].code(), absl::StatusCode::kInvalidArgument);
+  for (int r : {0, 2}) EXPECT_EQ(statuses[r].code(), absl::StatusCode::kAborted) << statuses[r];
+}
+
 TEST_F(EngineTest, StagesAreAnnouncedInOrder) {
   std::vector<std::string> stages;
   ranks_[1].options.time_stages = true;

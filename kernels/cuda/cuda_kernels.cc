@@ -124,6 +124,12 @@ absl::Status CudaKernels::WaitFor(Event& event, void* stream) {
   return First({scope.status(), cuda::WaitFor(event, ToStream(stream))});
 }
 
+absl::StatusOr<bool> CudaKernels::IsCapturing(void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  if (!scope.status().ok()) return scope.status();
+  return cuda::IsCapturing(ToStream(stream));
+}
+
 absl::StatusOr<double> CudaKernels::SecondsBetween(Event& begin, Event& end) {
   const cuda::ScopedDevice scope(device_);
   if (!scope.status().ok()) return scope.status();

@@ -40,6 +40,7 @@ class CudaKernels : public Kernels {
   absl::StatusOr<std::unique_ptr<Event>> CreateEvent(EventUse use) override;
   absl::Status Record(Event& event, void* stream) override;
   absl::Status WaitFor(Event& event, void* stream) override;
+  absl::StatusOr<bool> IsCapturing(void* stream) override;
   absl::StatusOr<double> SecondsBetween(Event& begin, Event& end) override;
   void BeginRange(const char* name) override;  // of NVTX
   void EndRange() override;

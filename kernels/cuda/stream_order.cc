@@ -17,8 +17,7 @@ class CudaStream : public Stream {
     // Ahead of the caller's stream: what runs beside it is short and waited for.
     int least = 0, greatest = 0;
     NSA_RETURN_IF_CUDA_ERROR(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-    return NSA_CUDA_STATUS(
-        cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
+    return NSA_CUDA_STATUS(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
   }
   void* get() override { return stream_; }
 
@@ -41,23 +40,12 @@ class CudaEvent : public Event {
 
   cudaEvent_t get() const { return event_; }
   EventUse use() const { return use_; }
-  // Of the capture that it was last recorded in; 0: in none.
-  unsigned long long capture = 0;
 
  private:
   const int device_;
   const EventUse use_;
   cudaEvent_t event_ = nullptr;
 };
-
-// What identifies the capture that `stream` is part of; 0: none is under way.
-absl::StatusOr<unsigned long long> CaptureOf(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;
-  NSA_RETURN_IF_CUDA_ERROR(
-      cudaStreamGetCaptureInfo(stream, &status, &id, nullptr, nullptr, nullptr, nullptr));
-  return status == cudaStreamCaptureStatusNone ? 0 : id;
-}
 
 }  // namespace
 
@@ -76,29 +64,30 @@ absl::StatusOr<std::unique_ptr<Event>> CreateEvent(int device, EventUse use) {
 }
 
 absl::Status Record(Event& event, cudaStream_t stream) {
-  auto& cuda_event = static_cast<CudaEvent&>(event);
-  const absl::StatusOr<unsigned long long> capture = CaptureOf(stream);
-  if (!capture.ok()) return capture.status();
-  cuda_event.capture = *capture;
+  const auto& cuda_event = static_cast<CudaEvent&>(event);
+  const absl::StatusOr<bool> capturing = IsCapturing(stream);
+  if (!capturing.ok()) return capturing.status();
   // A graph's own events carry no time; an external one is recorded anew by every launch.
-  const bool is_external = *capture != 0 && cuda_event.use() == EventUse::kTime;
+  const bool is_external = *capturing && cuda_event.use() == EventUse::kTime;
   return NSA_CUDA_STATUS(cudaEventRecordWithFlags(
       cuda_event.get(), stream, is_external ? cudaEventRecordExternal : cudaEventRecordDefault));
 }
 
 absl::Status WaitFor(Event& event, cudaStream_t stream) {
-  const auto& cuda_event = static_cast<CudaEvent&>(event);
-  const absl::StatusOr<unsigned long long> capture = CaptureOf(stream);
-  if (!capture.ok()) return capture.status();
-  if (*capture != cuda_event.capture) return absl::OkStatus();
-  return NSA_CUDA_STATUS(cudaStreamWaitEvent(stream, cuda_event.get(), cudaEventWaitDefault));
+  return NSA_CUDA_STATUS(
+      cudaStreamWaitEvent(stream, static_cast<CudaEvent&>(event).get(), cudaEventWaitDefault));
+}
+
+absl::StatusOr<bool> IsCapturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  NSA_RETURN_IF_CUDA_ERROR(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
 }
 
 absl::StatusOr<double> SecondsBetween(Event& begin, Event& end) {
   float milliseconds = 0;
-  const cudaError_t error =
-      cudaEventElapsedTime(&milliseconds, static_cast<CudaEvent&>(begin).get(),
-                           static_cast<CudaEvent&>(end).get());
+  const cudaError_t error = cudaEventElapsedTime(
+      &milliseconds, static_cast<CudaEvent&>(begin).get(), static_cast<CudaEvent&>(end).get());
   if (error == cudaErrorNotReady || error == cudaErrorInvalidResourceHandle) {
     cudaGetLastError();
     return absl::FailedPreconditionError("an event has not been reached");

@@ -17,6 +17,7 @@ absl::StatusOr<std::unique_ptr<Stream>> CreateStream(int device);
 absl::StatusOr<std::unique_ptr<Event>> CreateEvent(int device, EventUse use);
 absl::Status Record(Event& event, cudaStream_t stream);
 absl::Status WaitFor(Event& event, cudaStream_t stream);
+absl::StatusOr<bool> IsCapturing(cudaStream_t stream);
 absl::StatusOr<double> SecondsBetween(Event& begin, Event& end);
 
 }  // namespace nsa::kernels::cuda

@@ -52,7 +52,7 @@ struct PassContext {
   // Work beside that of the caller's stream, from Fork to Join.
   std::unique_ptr<kernels::Stream> beside;
   std::unique_ptr<kernels::Event> forked, joined;
-  std::unique_ptr<kernels::Event> done;  // the last call
+  std::unique_ptr<kernels::Event> done;  // the last call that was not captured in a graph
 
   // What is enqueued on `beside` from now on begins after what `stream` has by now.
   absl::Status Fork(void* stream) { return Order(*forked, stream, beside->get()); }

@@ -44,6 +44,7 @@ class DelegatingKernels : public kernels::Kernels {
   absl::Status WaitFor(kernels::Event& event, void* stream) override {
     return to_->WaitFor(event, stream);
   }
+  absl::StatusOr<bool> IsCapturing(void* stream) override { return to_->IsCapturing(stream); }
   absl::StatusOr<double> SecondsBetween(kernels::Event& begin, kernels::Event& end) override {
     return to_->SecondsBetween(begin, end);
   }
