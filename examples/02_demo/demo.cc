@@ -2,19 +2,19 @@
 // fetched peer to peer, a planted needle found, and the result equal bit for bit to that of one
 // rank.
 //
-//   mpirun -n 4 demo [--tokens N] [--text FILE] [--depth PERCENT] [--sharding S] [--svg FOLDER]
+//   mpirun -n 4 demo [--device cpu|cuda] [--tokens N] [--text FILE] [--depth PERCENT]
+//                    [--sharding S] [--svg FOLDER]
 #include <cstdlib>
 #include <iostream>
-#include <memory>
+#include <string>
 
 #include "absl/flags/flag.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
-#include "comm/loopback/loopback.h"
+#include "examples/02_demo/device_tensors.h"
 #include "examples/02_demo/haystack.h"
 #include "examples/02_demo/report.h"
 #include "examples/02_demo/text_tensors.h"
-#include "kernels/cpu/cpu_kernels.h"
 #include "nsa/engine.h"
 #include "nsa/stats.h"
 #include "tools/launch/flags.h"
@@ -31,39 +31,46 @@ ABSL_FLAG(std::string, svg, "", "folder to draw sharding, fetches and selection 
 namespace nsa::demo {
 namespace {
 
-// The forward on this rank's part of the text.
-absl::StatusOr<RankResult> Compute(const Haystack& haystack, const ShardPlan& plan,
-                                   const tools::RankContext& context, bool show_progress) {
+// The forward over the text, of which this rank computes its part; the whole result on rank 0.
+absl::StatusOr<Result> Compute(const Haystack& haystack, const ShardPlan& plan,
+                               const tools::RankContext& context) {
   const int rank = context.communicator->rank();
-  const NsaConfig config = DemoConfig();
-  auto threads = tools::ThreadsFromFlags(context);
-  if (!threads.ok()) return threads.status();
-  auto kernels = kernels::CpuKernels::Create({.num_threads = *threads});
-  if (!kernels.ok()) return kernels.status();
   const absl::Time begin = absl::Now();
-  EngineOptions options = {.config = config,
+  Result result;
+  result.config = DemoConfig();
+  result.num_tokens = plan.num_tokens();
+  EngineOptions options = {.config = result.config,
                            .dtype = DType::kBF16,
                            .fetch_budget_bytes = static_cast<int64_t>(
                                absl::GetFlag(FLAGS_fetch_budget_mib) * (1 << 20))};
-  if (show_progress) {
-    options.on_stage = [begin](absl::string_view stage) {
-      std::cout << absl::StrFormat("  %7.3f s  %s\n", absl::ToDoubleSeconds(absl::Now() - begin),
-                                   stage)
-                << std::flush;
-    };
-  }
-  auto engine = Engine::Create(options, plan, context.communicator, *std::move(kernels));
+  bool shows_stages = false;
+  options.on_stage = [&](absl::string_view stage) {
+    if (!shows_stages) return;
+    std::cout << absl::StrFormat("  %7.3f s  %s\n", absl::ToDoubleSeconds(absl::Now() - begin),
+                                 stage)
+              << std::flush;
+  };
+  auto engine = Engine::Create(options, plan, context.communicator, context.kernels);
   if (!engine.ok()) return engine.status();
+  const TextTensors text(result.config, haystack.text, plan, rank);
+  auto tensors = DeviceTensors::Create(text.inputs(), result.config, *context.kernels);
+  if (!tensors.ok()) return tensors.status();
 
-  const TextTensors tensors(config, haystack.text, plan, rank);
-  RankResult result(config, plan.TokensOfRank(rank));
-  const absl::Time forward_begin = absl::Now();
-  absl::Status status = (*engine)->Forward(tensors.inputs(), result.outputs());
-  if (!status.ok()) return status;
-  result.seconds = absl::ToDoubleSeconds(absl::Now() - forward_begin);
+  // The first forward on GPUs connects them and loads the kernels; the second is like all others.
+  for (int forwards = context.device == "cpu" ? 1 : 2; forwards > 0; --forwards) {
+    shows_stages = rank == 0 && forwards == 1;
+    const absl::Time forward_begin = absl::Now();
+    absl::Status status = (*engine)->Forward(tensors->inputs(), tensors->outputs());
+    if (status.ok()) status = context.Wait();
+    if (!status.ok()) return status;
+    result.seconds = absl::ToDoubleSeconds(absl::Now() - forward_begin);
+  }
+
   auto stats = (*engine)->GatherStats();
   if (!stats.ok()) return stats.status();
   result.stats = *std::move(stats);
+  absl::Status status = GatherOnRank0(context, plan, tensors->outputs(), &result);
+  if (!status.ok()) return status;
   return result;
 }
 
@@ -77,37 +84,36 @@ absl::Status RunDemo(const tools::RankContext& context) {
   auto plan = ShardPlan::Parse(absl::GetFlag(FLAGS_sharding), tokens, communicator.size());
   if (!plan.ok()) return plan.status();
   if (first) {
-    std::cout << absl::StrFormat("%d tokens of text, %s over %d ranks; needle at token %d\n",
-                                 tokens, absl::GetFlag(FLAGS_sharding), communicator.size(),
-                                 haystack->needle_begin)
-              << "stages of rank 0:\n";
+    std::cout << absl::StrFormat(
+        "%d tokens of text, %s over %d ranks, each on %s; needle at token %d\n"
+        "stages of rank 0, as they %s:\n",
+        tokens, absl::GetFlag(FLAGS_sharding), communicator.size(), context.device_name,
+        haystack->needle_begin, context.device == "cpu" ? "begin" : "are enqueued");
   }
-  auto result = Compute(*haystack, *plan, context, first);
-  if (!result.ok()) return result.status();
-  auto whole = GatherOnRank0(communicator, *plan, *result);
+  auto whole = Compute(*haystack, *plan, context);
   if (!whole.ok()) return whole.status();
   if (!first) return absl::OkStatus();
 
-  std::cout << absl::StrFormat("forward: %.2f s\n\n", result->seconds) << FormatTable(result->stats)
+  std::cout << absl::StrFormat("forward: %.3f s\n\n", whole->seconds) << FormatTable(whole->stats)
             << "\n"
-            << FetchedAgainstAllGather(DemoConfig(), *plan, result->stats) << "\n"
+            << FetchedAgainstAllGather(DemoConfig(), *plan, whole->stats) << "\n"
             << LastQueryReport(*haystack, *plan, *whole) << std::flush;
   if (const std::string folder = absl::GetFlag(FLAGS_svg); !folder.empty()) {
-    absl::Status drawn = Draw(folder, *plan, result->stats, *whole);
+    absl::Status drawn = Draw(folder, *plan, *whole);
     if (!drawn.ok()) return drawn;
     std::cout << "drawings: " << folder << "/{sharding,fetch_matrix,selection_map}.svg\n";
   }
   if (absl::Status found = CheckRetrieved(*haystack, *whole); !found.ok()) return found;
 
   if (!absl::GetFlag(FLAGS_compare)) return absl::OkStatus();
-  std::cout << "\nthe same on one rank:\n";
-  auto group = comm::LoopbackGroup::Create(1);
-  if (!group.ok()) return group.status();
+  auto alone = context.alone();
+  if (!alone.ok()) return alone.status();
+  std::cout << absl::StrFormat("\nthe same on one rank, on %s:\n", alone->device_name);
   auto one_plan = ShardPlan::Parse("contiguous", tokens, 1);
   if (!one_plan.ok()) return one_plan.status();
-  auto one = Compute(*haystack, *one_plan, {.communicator = std::move((*group)[0])}, true);
+  auto one = Compute(*haystack, *one_plan, *alone);
   if (!one.ok()) return one.status();
-  std::cout << absl::StrFormat("forward: %.2f s\n", one->seconds);
+  std::cout << absl::StrFormat("forward: %.3f s\n", one->seconds);
   if (!SameBits(*one, *whole)) return absl::InternalError("the result differs from one rank's");
   std::cout << absl::StrFormat(
       "o and block indices of %d ranks and of one rank: equal bit for bit\n", communicator.size());

@@ -1,59 +1,39 @@
 #include "examples/02_demo/report.h"
 
+#include <cstddef>
 #include <cstring>
 
 #include "absl/strings/str_format.h"
+#include "examples/02_demo/device_tensors.h"
 #include "examples/02_demo/text_tensors.h"
 #include "nsa/plan/cost.h"
 #include "nsa/plan/rank_plan.h"
 #include "nsa/stats.h"
 #include "tools/files/files.h"
+#include "tools/nsa_run/gather_rows.h"
 #include "tools/svg/drawings.h"
 
 namespace nsa::demo {
 
-RankResult::RankResult(const NsaConfig& config, int64_t num_tokens)
-    : config(config),
-      num_tokens(num_tokens),
-      o(num_tokens * config.num_q_heads * config.head_dim_v),
-      block_indices(num_tokens * config.num_kv_heads * config.num_selected_blocks) {}
-
-ForwardOutputs RankResult::outputs() {
-  ForwardOutputs outputs;
-  outputs.o = Tensor(o.data(), DType::kBF16, {num_tokens, config.num_q_heads, config.head_dim_v});
-  outputs.block_indices = block_indices.data();
-  return outputs;
-}
-
-absl::StatusOr<RankResult> GatherOnRank0(comm::Communicator& communicator, const ShardPlan& plan,
-                                         const RankResult& mine) {
-  const int64_t o_row = int64_t{mine.config.num_q_heads} * mine.config.head_dim_v;
-  const int64_t index_row = int64_t{mine.config.num_kv_heads} * mine.config.num_selected_blocks;
-  const bool first = communicator.rank() == 0;
-  RankResult whole(mine.config, first ? plan.num_tokens() : 0);
-  std::vector<comm::SendOp> sends;
-  std::vector<comm::RecvOp> recvs;
-  int64_t row = 0;
-  for (const Chunk& chunk : plan.ChunksOfRank(communicator.rank())) {
-    sends.push_back(
-        {0, &mine.o[row * o_row], chunk.num_tokens * o_row * int64_t{sizeof(uint16_t)}});
-    sends.push_back({0, &mine.block_indices[row * index_row],
-                     chunk.num_tokens * index_row * int64_t{sizeof(int32_t)}});
-    row += chunk.num_tokens;
-  }
-  for (const Chunk& chunk : plan.chunks()) {
-    if (!first) break;
-    recvs.push_back({chunk.rank, &whole.o[chunk.begin * o_row],
-                     chunk.num_tokens * o_row * int64_t{sizeof(uint16_t)}});
-    recvs.push_back({chunk.rank, &whole.block_indices[chunk.begin * index_row],
-                     chunk.num_tokens * index_row * int64_t{sizeof(int32_t)}});
-  }
-  absl::Status status = communicator.Exchange(sends, recvs, /*stream=*/nullptr);
+absl::Status GatherOnRank0(const tools::RankContext& context, const ShardPlan& plan,
+                           const ForwardOutputs& mine, Result* result) {
+  // Puts rows behind those that came before.
+  auto append_to = [](auto& values) {
+    return [&values](absl::Span<const std::byte> rows) {
+      const size_t size = values.size();
+      values.resize(size + rows.size() / sizeof(values[0]));
+      std::memcpy(&values[size], rows.data(), rows.size());
+      return absl::OkStatus();
+    };
+  };
+  absl::Status status = tools::GatherRows(context, plan, mine.o.data, ORowBytes(result->config),
+                                          append_to(result->o));
   if (!status.ok()) return status;
-  return whole;
+  return tools::GatherRows(context, plan, mine.block_indices, IndicesRowBytes(result->config),
+                           append_to(result->block_indices));
 }
 
-bool SameBits(const RankResult& a, const RankResult& b) {
+bool SameBits(const Result& a, const Result& b) {
   return a.o == b.o && a.block_indices == b.block_indices;
 }
 
@@ -80,8 +60,7 @@ std::string FetchedAgainstAllGather(const NsaConfig& config, const ShardPlan& pl
       FormatBytes(others));
 }
 
-std::string LastQueryReport(const Haystack& haystack, const ShardPlan& plan,
-                            const RankResult& whole) {
+std::string LastQueryReport(const Haystack& haystack, const ShardPlan& plan, const Result& whole) {
   const NsaConfig& config = whole.config;
   const BlockMap blocks = MakeBlockMap(config, plan);
   const int64_t needle = haystack.answer_begin / config.select_block_tokens;
@@ -104,7 +83,7 @@ std::string LastQueryReport(const Haystack& haystack, const ShardPlan& plan,
   return text;
 }
 
-std::string Retrieved(const Haystack& haystack, const RankResult& whole) {
+std::string Retrieved(const Haystack& haystack, const Result& whole) {
   std::string text;
   for (size_t i = haystack.answer.size(); i > 0; --i) {
     text += RetrievedByte(whole.config, whole.o.data(), whole.num_tokens - static_cast<int64_t>(i));
@@ -112,15 +91,14 @@ std::string Retrieved(const Haystack& haystack, const RankResult& whole) {
   return text;
 }
 
-absl::Status CheckRetrieved(const Haystack& haystack, const RankResult& whole) {
+absl::Status CheckRetrieved(const Haystack& haystack, const Result& whole) {
   const std::string retrieved = Retrieved(haystack, whole);
   if (retrieved == haystack.answer) return absl::OkStatus();
   return absl::NotFoundError(
       absl::StrFormat("retrieved \"%s\", the needle says \"%s\"", retrieved, haystack.answer));
 }
 
-absl::Status Draw(const std::string& folder, const ShardPlan& plan, const ForwardStats& stats,
-                  const RankResult& whole) {
+absl::Status Draw(const std::string& folder, const ShardPlan& plan, const Result& whole) {
   const NsaConfig& config = whole.config;
   const int64_t n = config.num_selected_blocks;
   std::vector<int32_t> indices;  // of kv head 0
@@ -129,7 +107,7 @@ absl::Status Draw(const std::string& folder, const ShardPlan& plan, const Forwar
     indices.insert(indices.end(), row, row + n);
   }
   const BlockMap blocks = MakeBlockMap(config, plan);
-  auto fetch = tools::DrawFetchMatrix(stats);
+  auto fetch = tools::DrawFetchMatrix(whole.stats);
   if (!fetch.ok()) return fetch.status();
   auto selection = tools::DrawSelectionMap(
       {.config = config, .plan = plan, .blocks = blocks, .block_indices = indices});

@@ -8,49 +8,44 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "comm/communicator.h"
 #include "examples/02_demo/haystack.h"
 #include "nsa/config.h"
 #include "nsa/engine.h"
 #include "nsa/plan/sharding.h"
 #include "nsa/stats.pb.h"
+#include "tools/launch/launch.h"
 
 namespace nsa::demo {
 
-// Results of `num_tokens` tokens, of one rank or of the whole text.
-struct RankResult {
-  RankResult(const NsaConfig& config, int64_t num_tokens);
-  ForwardOutputs outputs();
-
+// What a forward over the whole text gave.
+struct Result {
   NsaConfig config;
-  int64_t num_tokens;
-  std::vector<uint16_t> o;             // [T,Hq,Dv] bf16
-  std::vector<int32_t> block_indices;  // [T,Hkv,n]
+  int64_t num_tokens = 0;
+  std::vector<uint16_t> o;             // [S,Hq,Dv] bf16
+  std::vector<int32_t> block_indices;  // [S,Hkv,n]
   double seconds = 0;
   ForwardStats stats;
 };
 
-// Collective. On rank 0 the results of all ranks in global token order; elsewhere an empty one.
-absl::StatusOr<RankResult> GatherOnRank0(comm::Communicator& communicator, const ShardPlan& plan,
-                                         const RankResult& mine);
+// Collective. The outputs of all ranks, in global token order, in `result` of rank 0.
+absl::Status GatherOnRank0(const tools::RankContext& context, const ShardPlan& plan,
+                           const ForwardOutputs& mine, Result* result);
 
-bool SameBits(const RankResult& a, const RankResult& b);
+bool SameBits(const Result& a, const Result& b);
 
 // Bytes of blocks that all ranks fetched, beside those of an all-gather of k_slc and v_slc.
 std::string FetchedAgainstAllGather(const NsaConfig& config, const ShardPlan& plan,
                                     const ForwardStats& stats);
 
 // Which blocks the last query selected, whose they are, and what was retrieved.
-std::string LastQueryReport(const Haystack& haystack, const ShardPlan& plan,
-                            const RankResult& whole);
+std::string LastQueryReport(const Haystack& haystack, const ShardPlan& plan, const Result& whole);
 
 // The bytes that the last queries retrieved; NotFound when they are not the needle's answer.
-std::string Retrieved(const Haystack& haystack, const RankResult& whole);
-absl::Status CheckRetrieved(const Haystack& haystack, const RankResult& whole);
+std::string Retrieved(const Haystack& haystack, const Result& whole);
+absl::Status CheckRetrieved(const Haystack& haystack, const Result& whole);
 
 // sharding.svg, fetch_matrix.svg and selection_map.svg in `folder`.
-absl::Status Draw(const std::string& folder, const ShardPlan& plan, const ForwardStats& stats,
-                  const RankResult& whole);
+absl::Status Draw(const std::string& folder, const ShardPlan& plan, const Result& whole);
 
 }  // namespace nsa::demo
 

@@ -9,7 +9,6 @@
 
 #include "absl/flags/flag.h"
 #include "absl/strings/str_cat.h"
-#include "kernels/cpu/cpu_kernels.h"
 #include "tests/testing/sharded.h"
 #include "tools/launch/flags.h"
 #include "tools/launch/launch.h"
@@ -43,8 +42,6 @@ absl::Status RunAndCompare(const tools::RankContext& context) {
   auto plan = ShardPlan::Parse(absl::GetFlag(FLAGS_sharding), problem.num_tokens(),
                                context.communicator->size(), cu_seqlens);
   if (!plan.ok()) return plan.status();
-  auto kernels = kernels::CpuKernels::Create({.num_threads = 1});
-  if (!kernels.ok()) return kernels.status();
   RunOptions options;
   options.num_forwards = absl::GetFlag(FLAGS_forwards);
   int forwards = 0;
@@ -53,7 +50,7 @@ absl::Status RunAndCompare(const tools::RankContext& context) {
   };
   GlobalOutputs actual(problem);
   absl::Status status =
-      RunRank(problem, *plan, options, context.communicator, *std::move(kernels), &actual);
+      RunRank(problem, *plan, options, context.communicator, context.kernels, &actual);
   if (!status.ok()) return status;
 
   GlobalOutputs expected(problem);
@@ -80,6 +77,10 @@ int main(int argc, char** argv) {
       nsa::tools::ParseFlags("One rank of a test over several hosts.", argc, argv);
   auto options = nsa::tools::LaunchOptionsFromFlags();
   status.Update(options.status());
+  if (options.ok()) {
+    options->device = "cpu";
+    options->num_threads = 1;
+  }
   if (status.ok()) status = nsa::tools::RunRanks(*options, std::getenv, nsa::test::Run);
   if (status.ok()) return 0;
   std::cerr << status << "\n";

@@ -34,9 +34,21 @@ cc_library(
 """
 
 _NCCL_BUILD = """\
+load("@bazel_skylib//rules:common_settings.bzl", "bool_flag")
 load("@rules_cc//cc:defs.bzl", "cc_library")
 
 package(default_visibility = ["//visibility:public"])
+
+bool_flag(name = "found", build_setting_default = {found})
+
+# For select(): can GPU programs of several ranks be built, with a toolkit and NCCL?
+config_setting(
+    name = "is_present",
+    flag_values = {{
+        ":found": "True",
+        "@local_cuda//:present": "True",
+    }},
+)
 
 # nccl.h, and the device API for .cu files.
 cc_library(
@@ -93,7 +105,11 @@ def _nccl_repository_impl(ctx):
             ctx.symlink(place + "/include", "include")
             linkopts = ["-L%s/lib64" % place, "-L%s/lib" % place, "-lnccl"]
             break
-    ctx.file("BUILD.bazel", _NCCL_BUILD.format(compatible = compatible, linkopts = linkopts))
+    ctx.file("BUILD.bazel", _NCCL_BUILD.format(
+        found = bool(linkopts),
+        compatible = compatible,
+        linkopts = linkopts,
+    ))
 
 nccl_repository = repository_rule(
     implementation = _nccl_repository_impl,

@@ -14,42 +14,55 @@ bool Has(const Environment& environment, const char* name) {
   return value != nullptr && *value != '\0';
 }
 
-// A number in [1, high].
-absl::StatusOr<int> Count(const Environment& environment, const char* name, int high) {
+// What one launcher calls them.
+struct Names {
+  const char* size;
+  const char* rank;
+  const char* local_size;
+  const char* local_rank;
+};
+constexpr Names kMpiNames = {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK",
+                             "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"};
+constexpr Names kTorchrunNames = {"WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"};
+
+absl::StatusOr<int> Number(const Environment& environment, const char* name, int low, int high) {
   if (!Has(environment, name)) {
     return absl::InvalidArgumentError(absl::StrCat("environment: ", name, ": must be set"));
   }
-  int count = 0;
-  if (!absl::SimpleAtoi(environment(name), &count) || count < 1 || count > high) {
+  int number = 0;
+  if (!absl::SimpleAtoi(environment(name), &number) || number < low || number > high) {
     return absl::InvalidArgumentError(absl::StrCat("environment: ", name, " = \"",
-                                                   environment(name),
-                                                   "\": must be a number in [1, ", high, "]"));
+                                                   environment(name), "\": must be a number in [",
+                                                   low, ", ", high, "]"));
   }
-  return count;
+  return number;
 }
 
-// `local_size` is optional: without it all ranks are taken to be on one host.
-absl::StatusOr<ProcessPlace> Read(const Environment& environment, Origin origin, const char* size,
-                                  const char* local_size) {
-  absl::StatusOr<int> ranks = Count(environment, size, kMaxRanks);
-  if (!ranks.ok()) return ranks.status();
-  ProcessPlace place = {.origin = origin, .size = *ranks, .num_ranks_on_host = *ranks};
-  if (Has(environment, local_size)) {
-    absl::StatusOr<int> local = Count(environment, local_size, *ranks);
-    if (!local.ok()) return local.status();
-    place.num_ranks_on_host = *local;
-  }
-  return place;
+absl::StatusOr<ProcessPlace> Read(const Environment& environment, Origin origin,
+                                  const Names& names) {
+  const absl::StatusOr<int> size = Number(environment, names.size, 1, kMaxRanks);
+  if (!size.ok()) return size.status();
+  const absl::StatusOr<int> rank = Number(environment, names.rank, 0, *size - 1);
+  if (!rank.ok()) return rank.status();
+  const absl::StatusOr<int> local_size =
+      Has(environment, names.local_size) ? Number(environment, names.local_size, 1, *size) : size;
+  if (!local_size.ok()) return local_size.status();
+  const absl::StatusOr<int> local_rank =
+      Has(environment, names.local_rank) ? Number(environment, names.local_rank, 0, *local_size - 1)
+                                         : *rank % *local_size;
+  if (!local_rank.ok()) return local_rank.status();
+  return ProcessPlace{
+      .origin = origin, .size = *size, .num_ranks_on_host = *local_size, .local_rank = *local_rank};
 }
 
 }  // namespace
 
 absl::StatusOr<ProcessPlace> FindProcessPlace(const Environment& environment) {
-  if (Has(environment, "OMPI_COMM_WORLD_SIZE")) {
-    return Read(environment, Origin::kMpi, "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE");
+  if (Has(environment, kMpiNames.size)) {
+    return Read(environment, Origin::kMpi, kMpiNames);
   }
-  if (Has(environment, "RANK") || Has(environment, "WORLD_SIZE")) {
-    return Read(environment, Origin::kRendezvous, "WORLD_SIZE", "LOCAL_WORLD_SIZE");
+  if (Has(environment, kTorchrunNames.rank) || Has(environment, kTorchrunNames.size)) {
+    return Read(environment, Origin::kRendezvous, kTorchrunNames);
   }
   return ProcessPlace{};
 }

@@ -22,10 +22,12 @@ struct ProcessPlace {
   Origin origin = Origin::kThreads;
   int size = 1;  // ranks, of which this process is one unless it makes them
   int num_ranks_on_host = 1;
+  int local_rank = 0;  // among those
 };
 
-// OMPI_COMM_WORLD_SIZE comes first, then RANK and WORLD_SIZE. InvalidArgument, naming variable,
-// value and rule, when what is set is incomplete or contradicts itself.
+// OMPI_COMM_WORLD_SIZE comes first, then RANK and WORLD_SIZE. Without LOCAL_WORLD_SIZE all ranks
+// are taken to be on one host, without LOCAL_RANK consecutive ones. InvalidArgument, naming
+// variable, value and rule, when what is set is incomplete or contradicts itself.
 absl::StatusOr<ProcessPlace> FindProcessPlace(const Environment& environment);
 
 }  // namespace nsa::tools

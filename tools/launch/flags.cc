@@ -13,17 +13,19 @@
 #include "absl/time/time.h"
 
 ABSL_FLAG(std::string, backend, "auto",
-          "How ranks talk: loopback (threads of this process), ucx (processes that mpirun or "
-          "torchrun started), or auto (ucx when they did, else loopback).");
+          "How ranks talk: loopback (threads of this process, on CPUs), ucx (processes that mpirun "
+          "or torchrun started, on CPUs), nccl (the same on GPUs, or one process alone), or auto.");
+ABSL_FLAG(std::string, device, "auto",
+          "What ranks compute on: cpu, cuda (one GPU a rank), or auto (cuda where there are GPUs, "
+          "unless --backend or --ranks ask for CPUs).");
 ABSL_FLAG(int32_t, ranks, 0, "Number of ranks; 0: what the environment says, else one.");
 ABSL_FLAG(double, timeout_s, 60, "Longest wait of a rank for another, in seconds.");
-ABSL_FLAG(int32_t, threads, 0, "Compute threads per rank; 0: a rank's share of the cores.");
+ABSL_FLAG(int32_t, threads, 0, "Compute threads per rank on CPUs; 0: its share of the cores.");
 
 namespace nsa::tools {
 namespace {
 
 constexpr double kMaxTimeoutSeconds = 1e6;
-constexpr int kMaxThreads = 4096;
 
 }  // namespace
 
@@ -48,17 +50,11 @@ absl::StatusOr<LaunchOptions> LaunchOptionsFromFlags() {
         absl::StrCat("timeout_s = ", timeout_s, ": must lie in (0, ", kMaxTimeoutSeconds, "]"));
   }
   return LaunchOptions{.backend = absl::GetFlag(FLAGS_backend),
+                       .device = absl::GetFlag(FLAGS_device),
                        .num_ranks = absl::GetFlag(FLAGS_ranks),
-                       .timeout = absl::Seconds(timeout_s)};
-}
-
-absl::StatusOr<int> ThreadsFromFlags(const RankContext& context) {
-  const int threads = absl::GetFlag(FLAGS_threads);
-  if (threads < 0 || threads > kMaxThreads) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("threads = ", threads, ": must lie in [0, ", kMaxThreads, "]"));
-  }
-  return ThreadsPerRank(threads, context.num_ranks_on_host);
+                       .num_threads = absl::GetFlag(FLAGS_threads),
+                       .timeout = absl::Seconds(timeout_s),
+                       .find_gpus = FindGpus};
 }
 
 }  // namespace nsa::tools

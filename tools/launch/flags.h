@@ -1,4 +1,4 @@
-// The flags --backend, --ranks, --timeout_s and --threads, for programs that run ranks.
+// The flags --backend, --device, --ranks, --timeout_s and --threads, for programs that run ranks.
 #ifndef TOOLS_LAUNCH_FLAGS_H_
 #define TOOLS_LAUNCH_FLAGS_H_
 
@@ -14,11 +14,8 @@ namespace nsa::tools {
 // flags is given.
 absl::Status ParseFlags(absl::string_view usage, int argc, char** argv);
 
-// InvalidArgument, naming the flag, the value and the rule, when a flag is out of its range.
+// InvalidArgument when timeout_s is out of its range; RunRanks checks the others.
 absl::StatusOr<LaunchOptions> LaunchOptionsFromFlags();
-
-// Of --threads: compute threads of this rank. InvalidArgument when out of range.
-absl::StatusOr<int> ThreadsFromFlags(const RankContext& context);
 
 }  // namespace nsa::tools
 

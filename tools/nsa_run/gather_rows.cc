@@ -1,6 +1,7 @@
 #include "tools/nsa_run/gather_rows.h"
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 namespace nsa::tools {
@@ -39,40 +40,37 @@ std::vector<std::vector<Piece>> MakeBatches(const ShardPlan& plan, int64_t max_r
 
 }  // namespace
 
-absl::Status GatherRows(const ShardPlan& plan, comm::Communicator& communicator,
-                        kernels::Kernels& kernels, const void* rows, int64_t row_bytes,
-                        const RowSink& sink) {
-  const int rank = communicator.rank();
+absl::Status GatherRows(const RankContext& context, const ShardPlan& plan, const void* rows,
+                        int64_t row_bytes, const RowSink& sink) {
+  const int rank = context.communicator->rank();
   const int64_t max_rows = std::clamp<int64_t>(kBatchBytes / row_bytes, 1, plan.num_tokens());
-  std::vector<std::byte> own(max_rows * row_bytes);                    // rows to send
-  std::vector<std::byte> batch(rank == 0 ? max_rows * row_bytes : 0);  // rows received
+  const int64_t max_bytes = rank == 0 ? max_rows * row_bytes : 0;
+  absl::StatusOr<std::unique_ptr<kernels::Memory>> received = context.kernels->Allocate(max_bytes);
+  if (!received.ok()) return received.status();
+  std::byte* const batch = static_cast<std::byte*>((*received)->data());
+  const std::byte* const own = static_cast<const std::byte*>(rows);
+  std::vector<std::byte> host_batch(max_bytes);
   for (const std::vector<Piece>& pieces : MakeBatches(plan, max_rows)) {
     std::vector<comm::SendOp> sends;
     std::vector<comm::RecvOp> receives;
-    int64_t own_bytes = 0;
     int64_t batch_bytes = 0;
     for (const Piece& piece : pieces) {
       const int64_t num_bytes = piece.num_rows * row_bytes;
-      if (piece.rank == rank) {
-        const std::byte* from = static_cast<const std::byte*>(rows) + piece.local * row_bytes;
-        std::byte* staged = own.data() + own_bytes;
-        absl::Status status = kernels.CopyToHost(staged, from, num_bytes, /*stream=*/nullptr);
-        if (!status.ok()) return status;
-        sends.push_back({.peer = 0, .data = staged, .num_bytes = num_bytes});
-        own_bytes += num_bytes;
-      }
-      if (rank == 0) {
-        receives.push_back(
-            {.peer = piece.rank, .data = batch.data() + batch_bytes, .num_bytes = num_bytes});
-        batch_bytes += num_bytes;
-      }
+      if (piece.rank == rank) sends.push_back({0, own + piece.local * row_bytes, num_bytes});
+      if (rank == 0) receives.push_back({piece.rank, batch + batch_bytes, num_bytes});
+      batch_bytes += num_bytes;
     }
-    absl::Status status = kernels.Synchronize(/*stream=*/nullptr);
+    absl::Status status = context.communicator->Exchange(sends, receives, /*stream=*/nullptr);
     if (!status.ok()) return status;
-    status = communicator.Exchange(sends, receives, /*stream=*/nullptr);
+    if (rank == 0) {
+      status =
+          context.kernels->CopyToHost(host_batch.data(), batch, batch_bytes, /*stream=*/nullptr);
+      if (!status.ok()) return status;
+    }
+    status = context.Wait();
     if (!status.ok()) return status;
     if (rank != 0) continue;
-    status = sink(absl::MakeConstSpan(batch).subspan(0, batch_bytes));
+    status = sink(absl::MakeConstSpan(host_batch).subspan(0, batch_bytes));
     if (!status.ok()) return status;
   }
   return absl::OkStatus();

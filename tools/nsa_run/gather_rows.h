@@ -8,20 +8,18 @@
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
-#include "comm/communicator.h"
-#include "kernels/kernels.h"
 #include "nsa/plan/sharding.h"
+#include "tools/launch/launch.h"
 
 namespace nsa::tools {
 
 // Receives consecutive rows.
 using RowSink = std::function<absl::Status(absl::Span<const std::byte>)>;
 
-// Collective. `rows` holds this rank's tokens, dense, `row_bytes` each, in memory of `kernels`.
+// Collective. `rows` holds this rank's tokens, dense, `row_bytes` each, in memory of the kernels.
 // Rank 0 gives them to `sink` piece by piece, so that no rank ever holds the whole.
-absl::Status GatherRows(const ShardPlan& plan, comm::Communicator& communicator,
-                        kernels::Kernels& kernels, const void* rows, int64_t row_bytes,
-                        const RowSink& sink);
+absl::Status GatherRows(const RankContext& context, const ShardPlan& plan, const void* rows,
+                        int64_t row_bytes, const RowSink& sink);
 
 }  // namespace nsa::tools
 

@@ -3,14 +3,12 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <string>
 
 #include "absl/flags/flag.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
-#include "kernels/cpu/cpu_kernels.h"
 #include "nsa/config.h"
 #include "tools/launch/flags.h"
 #include "tools/launch/launch.h"
@@ -35,7 +33,8 @@ namespace {
 
 constexpr char kUsage[] =
     "Runs one forward of Native Sparse Attention on tensors from a safetensors file, over any "
-    "number of ranks; the result does not depend on their number.\n\n"
+    "number of ranks, on CPUs or on one GPU each (bf16 and fp16); the result does not depend on "
+    "their number.\n\n"
     "  nsa_run --config layer.json --input in.safetensors --output out.safetensors --ranks 4\n"
     "  mpirun -n 4 nsa_run --config layer.json --input in.safetensors --output out.safetensors\n\n"
     "Input tensors, in global token order: q [S,Hq,Dk]; k [S,Hkv,Dk] and v [S,Hkv,Dv], or k_cmp, "
@@ -75,12 +74,7 @@ absl::Status Run(int argc, char** argv) {
   absl::StatusOr<nsa::tools::LaunchOptions> launch = nsa::tools::LaunchOptionsFromFlags();
   if (!launch.ok()) return launch.status();
   return nsa::tools::RunRanks(*launch, std::getenv, [&](const nsa::tools::RankContext& context) {
-    absl::StatusOr<int> num_threads = nsa::tools::ThreadsFromFlags(context);
-    if (!num_threads.ok()) return num_threads.status();
-    absl::StatusOr<std::unique_ptr<nsa::kernels::Kernels>> kernels =
-        nsa::kernels::CpuKernels::Create({.num_threads = *num_threads});
-    if (!kernels.ok()) return kernels.status();
-    return nsa::tools::RunFile(*options, context.communicator, *std::move(kernels));
+    return nsa::tools::RunFile(*options, context);
   });
 }
 

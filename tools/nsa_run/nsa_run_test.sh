@@ -23,7 +23,7 @@ expect() {
   fi
 }
 
-run=("$nsa_run" --config "$files/config.json" --input "$files/in.safetensors")
+run=("$nsa_run" --config "$files/config.json" --input "$files/in.safetensors" --device cpu)
 expect 0 '' "${run[@]}" --output "$files/one" --all
 expect 0 'remote picks' "${run[@]}" --output "$files/three" --all --backend loopback --ranks 3 \
   --threads 1 --stats --stats_proto "$files/stats.textproto" --svg "$files/drawings"
@@ -42,6 +42,10 @@ expect 1 'no_such_config.json' "${bad[@]}" --config no_such_config.json
 expect 1 'no_such_flag' "${bad[@]}" --no_such_flag
 expect 1 'only flags are taken' "${bad[@]}" 3
 expect 1 'backend = "telepathy"' "${bad[@]}" --backend telepathy
+expect 1 'device = "gpu": must be' "${bad[@]}" --device gpu
+expect 1 'backend = "nccl": moves GPUs' "${bad[@]}" --backend nccl
+expect 1 'backend = "loopback": moves the host' "${bad[@]}" --device cuda --backend loopback
+expect 1 'ranks = 2: must be 0 or 1 on GPUs' "${bad[@]}" --device cuda --ranks 2
 expect 1 'ranks = -2' "${bad[@]}" --ranks=-2
 expect 1 'threads = -1' "${bad[@]}" --threads=-1
 expect 1 'timeout_s = 0' "${bad[@]}" --timeout_s 0

@@ -53,13 +53,8 @@ struct Result {
 
 class FileRun {
  public:
-  FileRun(const RunOptions& options, InputFile file,
-          std::shared_ptr<comm::Communicator> communicator,
-          std::shared_ptr<kernels::Kernels> kernels)
-      : options_(options),
-        file_(std::move(file)),
-        communicator_(std::move(communicator)),
-        kernels_(std::move(kernels)) {}
+  FileRun(const RunOptions& options, InputFile file, const RankContext& context)
+      : options_(options), file_(std::move(file)), context_(context) {}
 
   absl::Status Run() {
     NSA_RETURN_IF_ERROR(CreateEngine());
@@ -72,26 +67,34 @@ class FileRun {
     }
     if (is_first()) NSA_RETURN_IF_ERROR(Naming(options_.output, writer_->Finish()));
     // No rank reports success before the output is there.
-    return communicator_->Barrier();
+    return context_.communicator->Barrier();
   }
 
  private:
-  bool is_first() const { return communicator_->rank() == 0; }
+  bool is_first() const { return context_.communicator->rank() == 0; }
   bool draws() const { return !options_.svg_folder.empty(); }
   bool wants_stats() const {
     return options_.print_stats || !options_.stats_proto.empty() || draws();
   }
 
   absl::Status CreateEngine() {
-    absl::StatusOr<ShardPlan> plan = ShardPlan::Parse(options_.sharding, file_.num_tokens(),
-                                                      communicator_->size(), file_.cu_seqlens());
+    NSA_RETURN_IF_ERROR(Validate(options_.config));
+    const absl::Status supported =
+        context_.kernels->Supports(MakeDims(options_.config, file_.dtype()));
+    if (!supported.ok()) {
+      // Those of the other device may take it.
+      return absl::InvalidArgumentError(absl::StrCat("device = \"", context_.device, "\": file \"",
+                                                     options_.input, "\": ", supported.message()));
+    }
+    absl::StatusOr<ShardPlan> plan = ShardPlan::Parse(
+        options_.sharding, file_.num_tokens(), context_.communicator->size(), file_.cu_seqlens());
     if (!plan.ok()) return plan.status();
     EngineOptions engine_options;
     engine_options.config = options_.config;
     engine_options.dtype = file_.dtype();
     engine_options.fetch_budget_bytes = options_.fetch_budget_bytes;
     absl::StatusOr<std::unique_ptr<Engine>> engine =
-        Engine::Create(engine_options, *std::move(plan), communicator_, kernels_);
+        Engine::Create(engine_options, *std::move(plan), context_.communicator, context_.kernels);
     if (!engine.ok()) return engine.status();
     engine_ = *std::move(engine);
     return absl::OkStatus();
@@ -104,9 +107,9 @@ class FileRun {
     Result result = {.spec = {.name = name, .type = type, .shape = std::move(shape)},
                      .is_written = is_written,
                      .memory = nullptr};
-    const int64_t num_rows = engine_->shard_plan().TokensOfRank(communicator_->rank());
+    const int64_t num_rows = engine_->shard_plan().TokensOfRank(context_.communicator->rank());
     absl::StatusOr<std::unique_ptr<kernels::Memory>> memory =
-        kernels_->Allocate(num_rows * result.row_bytes());
+        context_.kernels->Allocate(num_rows * result.row_bytes());
     if (!memory.ok()) return memory.status();
     result.memory = *std::move(memory);
     results_.push_back(std::move(result));
@@ -115,7 +118,7 @@ class FileRun {
 
   absl::Status AddOutputs(ForwardOutputs& outputs) {
     const NsaConfig& config = options_.config;
-    const int64_t num_rows = engine_->shard_plan().TokensOfRank(communicator_->rank());
+    const int64_t num_rows = engine_->shard_plan().TokensOfRank(context_.communicator->rank());
     const int64_t hq = config.num_q_heads;
     const int64_t dv = config.head_dim_v;
     auto add_o = [&](const char* name, Tensor& tensor) {
@@ -149,11 +152,12 @@ class FileRun {
 
   absl::Status Forward() {
     absl::StatusOr<RankInputs> inputs =
-        file_.Load(engine_->shard_plan(), communicator_->rank(), *kernels_);
+        file_.Load(engine_->shard_plan(), context_.communicator->rank(), *context_.kernels);
     if (!inputs.ok()) return inputs.status();
     ForwardOutputs outputs;
     NSA_RETURN_IF_ERROR(AddOutputs(outputs));
     const absl::Status status = engine_->Forward(inputs->inputs, outputs);
+    if (status.ok()) return context_.Wait();
     if (!absl::IsInvalidArgument(status)) return status;
     // What the engine finds wrong with the tensors stands in the file.
     return absl::InvalidArgumentError(
@@ -171,13 +175,14 @@ class FileRun {
       writer_.emplace(*std::move(writer));
     }
     for (const Result& result : results_) {
-      NSA_RETURN_IF_ERROR(
-          GatherRows(engine_->shard_plan(), *communicator_, *kernels_, result.memory->data(),
-                     result.row_bytes(), [&](absl::Span<const std::byte> rows) {
-                       if (draws() && result.spec.name == "block_indices") KeepForDrawing(rows);
-                       if (!result.is_written) return absl::OkStatus();
-                       return Naming(options_.output, writer_->Append(result.spec.name, rows));
-                     }));
+      NSA_RETURN_IF_ERROR(GatherRows(context_, engine_->shard_plan(), result.memory->data(),
+                                     result.row_bytes(), [&](absl::Span<const std::byte> rows) {
+                                       if (draws() && result.spec.name == "block_indices")
+                                         KeepForDrawing(rows);
+                                       if (!result.is_written) return absl::OkStatus();
+                                       return Naming(options_.output,
+                                                     writer_->Append(result.spec.name, rows));
+                                     }));
     }
     return absl::OkStatus();
   }
@@ -222,8 +227,7 @@ class FileRun {
 
   const RunOptions& options_;
   const InputFile file_;
-  const std::shared_ptr<comm::Communicator> communicator_;
-  const std::shared_ptr<kernels::Kernels> kernels_;
+  const RankContext& context_;
   std::unique_ptr<Engine> engine_;
   std::vector<Result> results_;
   std::optional<SafetensorsWriter> writer_;  // at rank 0
@@ -232,15 +236,14 @@ class FileRun {
 
 }  // namespace
 
-absl::Status RunFile(const RunOptions& options, std::shared_ptr<comm::Communicator> communicator,
-                     std::shared_ptr<kernels::Kernels> kernels) {
+absl::Status RunFile(const RunOptions& options, const RankContext& context) {
   absl::StatusOr<InputFile> file = InputFile::Open(options.input, options.config);
   if (!file.ok()) return Naming(options.input, file.status());
-  if (communicator->rank() == 0 && !file->ignored().empty() && options.print) {
+  if (context.communicator->rank() == 0 && !file->ignored().empty() && options.print) {
     options.print(absl::StrCat("ignored in ", options.input, ": ",
                                absl::StrJoin(file->ignored(), ", "), "\n"));
   }
-  return FileRun(options, *std::move(file), std::move(communicator), std::move(kernels)).Run();
+  return FileRun(options, *std::move(file), context).Run();
 }
 
 }  // namespace nsa::tools

@@ -4,14 +4,12 @@
 
 #include <cstdint>
 #include <functional>
-#include <memory>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
-#include "comm/communicator.h"
-#include "kernels/kernels.h"
 #include "nsa/config.h"
+#include "tools/launch/launch.h"
 
 namespace nsa::tools {
 
@@ -32,8 +30,7 @@ struct RunOptions {
 
 // Collective; all ranks pass the same options. The output appears whole, after everything else has
 // succeeded, or not at all.
-absl::Status RunFile(const RunOptions& options, std::shared_ptr<comm::Communicator> communicator,
-                     std::shared_ptr<kernels::Kernels> kernels);
+absl::Status RunFile(const RunOptions& options, const RankContext& context);
 
 }  // namespace nsa::tools
 

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -10,7 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "google/protobuf/text_format.h"
 #include "gtest/gtest.h"
-#include "kernels/cpu/cpu_kernels.h"
+#include "kernels/cuda/mirrored_kernels.h"
 #include "nsa/stats.pb.h"
 #include "tests/testing/sharded.h"
 #include "tools/launch/launch.h"
@@ -54,12 +55,9 @@ class RunFileTest : public ::testing::Test {
   absl::Status Run(int num_ranks, const std::string& sharding) {
     options_.sharding = sharding;
     return RunRanks(
-        {.backend = "loopback", .num_ranks = num_ranks},
+        {.backend = "loopback", .num_ranks = num_ranks, .num_threads = 1},
         [](const char*) -> const char* { return nullptr; },
-        [this](const RankContext& context) {
-          auto kernels = kernels::CpuKernels::Create({.num_threads = 1});
-          return RunFile(options_, context.communicator, *std::move(kernels));
-        });
+        [this](const RankContext& context) { return RunFile(options_, context); });
   }
 
   // The error of a run with these entries, which must leave no file behind.
@@ -139,6 +137,36 @@ TEST_F(RunFileTest, EveryDTypeAndCompressor) {
     ASSERT_TRUE(output.ok()) << output.status();
     ASSERT_EQ(output->tensors().size(), 1u);
     EXPECT_EQ(output->Find("o")->spec.type, TypeOf(dtype));
+  }
+}
+
+// Refuses f32, as the kernels of GPUs do.
+class HalfPrecisionKernels : public kernels::cuda::MirroredKernels {
+ public:
+  using MirroredKernels::MirroredKernels;
+  absl::Status Supports(const kernels::AttentionDims& dims) const override {
+    if (dims.dtype != DType::kF32) return MirroredKernels::Supports(dims);
+    return absl::InvalidArgumentError("dtype = f32: these kernels support bf16, f16");
+  }
+};
+
+TEST_F(RunFileTest, WhatKernelsRefuseNamesTheirDevice) {
+  for (const DType dtype : {DType::kBF16, DType::kF32}) {
+    WriteInput(
+        EntriesOf(SmallProblem(reference::CompressorKind::kMean, dtype), /*shared_kv=*/true));
+    const absl::Status status = RunRanks(
+        {.num_ranks = 2, .num_threads = 1}, [](const char*) -> const char* { return nullptr; },
+        [this](const RankContext& context) {
+          RankContext half = context;
+          half.kernels = std::make_shared<HalfPrecisionKernels>(context.kernels);
+          half.device = "cuda";
+          return RunFile(options_, half);
+        });
+    EXPECT_EQ(status, dtype == DType::kBF16
+                          ? absl::OkStatus()
+                          : absl::InvalidArgumentError(
+                                absl::StrCat("device = \"cuda\": file \"", options_.input,
+                                             "\": dtype = f32: these kernels support bf16, f16")));
   }
 }
 

@@ -1,0 +1,46 @@
+// What a rank computes on, and what moves memory of that kind between ranks.
+#ifndef TOOLS_LAUNCH_DEVICE_H_
+#define TOOLS_LAUNCH_DEVICE_H_
+
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "comm/bootstrap/bootstrap.h"
+#include "comm/communicator.h"
+#include "kernels/kernels.h"
+#include "tools/launch/environment.h"
+#include "tools/launch/gpus.h"
+#include "tools/launch/launch.h"
+
+namespace nsa::tools {
+
+struct Device {
+  std::shared_ptr<Gpus> gpus;  // null: the host's cores
+  int gpu = 0;
+  int num_threads = 1;  // where there are no GPUs
+
+  const char* kind() const { return gpus == nullptr ? "cpu" : "cuda"; }
+  std::string name() const;  // for people
+
+  absl::StatusOr<std::unique_ptr<kernels::Kernels>> CreateKernels() const;
+  // Collective over processes: the ranks of `bootstrap`.
+  absl::StatusOr<std::unique_ptr<comm::Communicator>> Connect(
+      std::unique_ptr<comm::Bootstrap> bootstrap, absl::Duration timeout) const;
+  // A group of one.
+  absl::StatusOr<std::unique_ptr<comm::Communicator>> ConnectAlone(absl::Duration timeout) const;
+};
+
+// For a rank at `place`. InvalidArgument when what is asked for is not there.
+absl::StatusOr<Device> ChooseDevice(const LaunchOptions& options, const ProcessPlace& place);
+
+// Collective. The ranks compute all on CPUs or all on GPUs, or each learns why not. `kind` is that
+// of this rank's device, unless `ready` says why it has none.
+absl::Status AgreeOnDevice(const absl::Status& ready, absl::string_view kind,
+                           comm::Bootstrap& bootstrap, const LaunchOptions& options);
+
+}  // namespace nsa::tools
+
+#endif  // TOOLS_LAUNCH_DEVICE_H_

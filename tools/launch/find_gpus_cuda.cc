@@ -1,0 +1,56 @@
+// FindGpus of builds with a CUDA toolkit and NCCL.
+#include <cuda_runtime_api.h>
+
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "comm/nccl/nccl_communicator.h"
+#include "kernels/cuda/cuda_kernels.h"
+#include "tools/launch/gpus.h"
+
+namespace nsa::tools {
+namespace {
+
+class CudaGpus : public Gpus {
+ public:
+  explicit CudaGpus(int count) : count_(count) {}
+
+  int count() const override { return count_; }
+
+  std::string NameOf(int gpu) const override {
+    cudaDeviceProp properties;
+    const cudaError_t error = cudaGetDeviceProperties(&properties, gpu);
+    return error == cudaSuccess ? properties.name : cudaGetErrorString(error);
+  }
+
+  absl::StatusOr<std::unique_ptr<kernels::Kernels>> CreateKernels(int gpu) override {
+    return kernels::CudaKernels::Create({.device = gpu});
+  }
+
+  absl::StatusOr<std::unique_ptr<comm::Communicator>> CreateCommunicator(
+      std::unique_ptr<comm::Bootstrap> bootstrap, int gpu, absl::Duration timeout) override {
+    comm::NcclOptions options;
+    options.timeout = timeout;
+    options.connect_timeout = timeout;
+    options.device = gpu;
+    return comm::NcclCommunicator::Create(std::move(bootstrap), options);
+  }
+
+ private:
+  const int count_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<Gpus>> FindGpus() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess || count == 0) {
+    return absl::NotFoundError(
+        absl::StrCat("this host shows no GPU (", cudaGetErrorString(error), ")"));
+  }
+  return std::make_shared<CudaGpus>(count);
+}
+
+}  // namespace nsa::tools
