@@ -30,6 +30,8 @@ external_workspace() {
   )
 }
 
+bundle() { tools/bundle_test.sh; }
+
 # In this order; a new step is a function above and its name here.
 steps=(
   setup
@@ -40,6 +42,7 @@ steps=(
   test_asan
   test_tsan
   external_workspace
+  bundle
 )
 
 results=$(mktemp -d)
