@@ -39,10 +39,11 @@ absl::StatusOr<Result> Compute(const Haystack& haystack, const ShardPlan& plan,
   Result result;
   result.config = DemoConfig();
   result.num_tokens = plan.num_tokens();
-  EngineOptions options = {.config = result.config,
-                           .dtype = DType::kBF16,
-                           .fetch_budget_bytes = static_cast<int64_t>(
-                               absl::GetFlag(FLAGS_fetch_budget_mib) * (1 << 20))};
+  EngineOptions options = {
+      .config = result.config,
+      .dtype = DType::kBF16,
+      .fetch_budget_bytes = static_cast<int64_t>(absl::GetFlag(FLAGS_fetch_budget_mib) * (1 << 20)),
+      .time_stages = true};
   bool shows_stages = false;
   options.on_stage = [&](absl::string_view stage) {
     if (!shows_stages) return;

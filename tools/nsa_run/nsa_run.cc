@@ -26,6 +26,8 @@ ABSL_FLAG(bool, all, false,
           "Also write o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win and block_indices.");
 ABSL_FLAG(bool, stats, false, "Print what each rank moved, kept and took.");
 ABSL_FLAG(std::string, stats_proto, "", "File for the same as a ForwardStats text-proto.");
+ABSL_FLAG(std::string, trace, "",
+          "File for when each rank's stages ran, as a Chrome trace (chrome://tracing, Perfetto).");
 ABSL_FLAG(std::string, svg, "",
           "Folder to draw sharding.svg, fetch_matrix.svg and selection_map.svg into.");
 
@@ -62,6 +64,7 @@ absl::StatusOr<nsa::tools::RunOptions> OptionsFromFlags() {
   options.all_outputs = absl::GetFlag(FLAGS_all);
   options.print_stats = absl::GetFlag(FLAGS_stats);
   options.stats_proto = absl::GetFlag(FLAGS_stats_proto);
+  options.trace = absl::GetFlag(FLAGS_trace);
   options.svg_folder = absl::GetFlag(FLAGS_svg);
   options.print = [](absl::string_view text) { std::fwrite(text.data(), 1, text.size(), stdout); };
   return options;

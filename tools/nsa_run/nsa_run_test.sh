@@ -26,9 +26,11 @@ expect() {
 run=("$nsa_run" --config "$files/config.json" --input "$files/in.safetensors" --device cpu)
 expect 0 '' "${run[@]}" --output "$files/one" --all
 expect 0 'remote picks' "${run[@]}" --output "$files/three" --all --backend loopback --ranks 3 \
-  --threads 1 --stats --stats_proto "$files/stats.textproto" --svg "$files/drawings"
+  --threads 1 --stats --stats_proto "$files/stats.textproto" --trace "$files/trace.json" \
+  --svg "$files/drawings"
 cmp "$files/one" "$files/three" || fail "one rank and three ranks differ"
 [[ -s $files/stats.textproto ]] || fail "no stats.textproto"
+python3 -m json.tool "$files/trace.json" >/dev/null || fail "trace.json is not JSON"
 [[ $(ls "$files/drawings") == $'fetch_matrix.svg\nselection_map.svg\nsharding.svg' ]] ||
   fail "drawings: $(ls "$files/drawings")"
 

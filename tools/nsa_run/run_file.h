@@ -22,6 +22,7 @@ struct RunOptions {
   bool all_outputs = false;  // also o_cmp, o_slc, o_win, lse_cmp, lse_slc, lse_win, block_indices
   bool print_stats = false;
   std::string stats_proto;  // file for the statistics as text-proto; empty: none
+  std::string trace;        // file for when the stages ran, as a Chrome trace; empty: none
   std::string svg_folder;   // folder for drawings; empty: none
 
   // Called on rank 0 with text for the user.

@@ -11,8 +11,8 @@
 #include "absl/strings/str_cat.h"
 #include "google/protobuf/text_format.h"
 #include "gtest/gtest.h"
-#include "kernels/cuda/mirrored_kernels.h"
 #include "nsa/stats.pb.h"
+#include "tests/testing/delegating_kernels.h"
 #include "tests/testing/sharded.h"
 #include "tools/launch/launch.h"
 #include "tools/nsa_run/input_testlib.h"
@@ -141,11 +141,11 @@ TEST_F(RunFileTest, EveryDTypeAndCompressor) {
 }
 
 // Refuses f32, as the kernels of GPUs do.
-class HalfPrecisionKernels : public kernels::cuda::MirroredKernels {
+class HalfPrecisionKernels : public test::DelegatingKernels {
  public:
-  using MirroredKernels::MirroredKernels;
+  using DelegatingKernels::DelegatingKernels;
   absl::Status Supports(const kernels::AttentionDims& dims) const override {
-    if (dims.dtype != DType::kF32) return MirroredKernels::Supports(dims);
+    if (dims.dtype != DType::kF32) return DelegatingKernels::Supports(dims);
     return absl::InvalidArgumentError("dtype = f32: these kernels support bf16, f16");
   }
 };
@@ -178,6 +178,7 @@ TEST_F(RunFileTest, WritesStatisticsAndDrawings) {
   WriteInput(entries);
   options_.print_stats = true;
   options_.stats_proto = folder_ + "/stats.textproto";
+  options_.trace = folder_ + "/trace.json";
   options_.svg_folder = folder_ + "/drawings";
   const absl::Status status = Run(3, "zigzag");
   ASSERT_TRUE(status.ok()) << status;
@@ -189,6 +190,10 @@ TEST_F(RunFileTest, WritesStatisticsAndDrawings) {
       google::protobuf::TextFormat::ParseFromString(ReadFile(options_.stats_proto), &stats));
   EXPECT_EQ(stats.ranks_size(), 3);
   EXPECT_GT(stats.ranks(0).block_bytes_received(), 0);
+  EXPECT_GT(stats.ranks(0).stages_size(), 0);
+  const std::string trace = ReadFile(options_.trace);
+  EXPECT_EQ(trace.rfind("{\"traceEvents\":[", 0), 0u) << trace;
+  EXPECT_NE(trace.find("\"name\":\"attend+gate\",\"pid\":2"), std::string::npos) << trace;
   for (const char* name : {"sharding", "fetch_matrix", "selection_map"}) {
     const std::string svg = ReadFile(absl::StrCat(options_.svg_folder, "/", name, ".svg"));
     EXPECT_NE(svg.find("</svg>"), std::string::npos) << name;
