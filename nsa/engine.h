@@ -108,9 +108,9 @@ class Engine {
   // `stream`: of the kernels' device; host kernels ignore it and have finished on return. On a GPU
   // the call enqueues, allocates nothing and, unless the fetch budget is below one kv head's remote
   // blocks, waits on the host for no more than the comparison of arguments. Calls of one engine run
-  // in the order they are made in, on whatever streams. A call may be captured in a CUDA graph where
-  // the communicator's can: then all ranks capture and launch the same calls, and the engine's other
-  // calls must not run beside a launch.
+  // in the order they are made in, on whatever streams. A call may be captured in a CUDA graph
+  // where the communicator's can: then all ranks capture and launch the same calls, and the
+  // engine's other calls must not run beside a launch.
   virtual absl::Status Forward(const ForwardInputs& inputs, const ForwardOutputs& outputs,
                                void* stream = nullptr) = 0;
 
