@@ -78,10 +78,12 @@ TEST_P(ShardingInvarianceTest, FetchBudgetCutsTheWorkIntoPieces) {
   options.fetch_budget_bytes = 2 * 6 * record;  // one query's worth
   // Rank 2 sees 10 remote blocks of its document: those of one kv head fit.
   ExpectSame("contiguous", 3, options);
+  if (HasFatalFailure()) return;
   EXPECT_EQ(stats_.ranks(2).query_pieces(), 2);
   EXPECT_LE(stats_.ranks(2).fetch_slot_bytes(), options.fetch_budget_bytes);
   // The last of four ranks sees more than 12, so that its queries are cut.
   ExpectSame("contiguous", 4, options);
+  if (HasFatalFailure()) return;
   EXPECT_GT(stats_.ranks(3).query_pieces(), 3);
   options.fetch_budget_bytes = 20 * record;
   ExpectSame("zigzag", 4, options);
