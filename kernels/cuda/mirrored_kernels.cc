@@ -108,12 +108,14 @@ class Mirror {
     if (status_.ok()) status_ = std::move(status);
   }
 
-  // The same host memory has the same place: o may be o_cmp's memory.
+  // The same host memory has the same place: o may be o_cmp's memory. Of several lengths the
+  // longest counts, as what is empty may have the address of what comes after it; no call has begun
+  // yet.
   void* Place(const void* host, int64_t num_bytes, bool is_written) {
     if (host == nullptr) return nullptr;
     Piece& piece = pieces_[host];
     piece.is_written |= is_written;
-    if (piece.memory == nullptr) {
+    if (piece.memory == nullptr || piece.num_bytes < num_bytes) {
       auto memory = device_.Allocate(num_bytes);
       if (!memory.ok()) {
         Keep(memory.status());

@@ -1,6 +1,8 @@
 #include "kernels/cuda/mirrored_kernels.h"
 
+#include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_kernels.h"
@@ -42,6 +44,51 @@ TEST(MirroredKernelsTest, StagesSeeTheSameMemory) {
       EXPECT_EQ(expected->block_indices, actual->block_indices);
     }
   }
+}
+
+// Lists of no slots have the address of what comes after them.
+TEST(MirroredKernelsTest, EmptyListsTakeNoPlace) {
+  auto kernels = CpuKernels::Create({.num_threads = 1});
+  ASSERT_TRUE(kernels.ok()) << kernels.status();
+  MirroredKernels mirrored(*std::move(kernels));
+  AttentionDims dims{};
+  dims.num_kv_heads = dims.num_selected_blocks = 1;
+  const Segment segment = {.row = 0, .num_tokens = 7, .position = 0, .document = 0, .is_halo = 0};
+  const Document document = {};
+  const std::vector<int32_t> block_indices(7, 0);
+  const int32_t owner = 0, ordinal = 0;
+  const int64_t blocks_of_rank = 1;
+  int32_t location = -1, num_slots = -1;
+  int64_t query_end = -1;
+  const absl::Status status = mirrored.PlanFetch({.dims = dims,
+                                                  .queries = {.q = {},
+                                                              .segments = &segment,
+                                                              .num_segments = 1,
+                                                              .documents = &document,
+                                                              .num_tokens = 7,
+                                                              .kv_heads = dims.all_kv_heads()},
+                                                  .block_indices = block_indices.data(),
+                                                  .owners = {.rank = &owner,
+                                                             .ordinal = &ordinal,
+                                                             .blocks_of_rank = &blocks_of_rank,
+                                                             .num_blocks = 1,
+                                                             .num_ranks = 1,
+                                                             .this_rank = 0},
+                                                  .record_bytes = 64,
+                                                  .query_begin = 0,
+                                                  .capacity = 0,
+                                                  .locations = &location,
+                                                  .peers = reinterpret_cast<int32_t*>(&query_end),
+                                                  .offsets = &query_end,
+                                                  .num_slots = &num_slots,
+                                                  .query_end = &query_end,
+                                                  .num_remote_picks = nullptr,
+                                                  .slots_of_rank = nullptr},
+                                                 nullptr);
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ(query_end, 7);
+  EXPECT_EQ(num_slots, 0);
+  EXPECT_EQ(location, 0);
 }
 
 }  // namespace

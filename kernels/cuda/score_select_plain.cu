@@ -273,6 +273,7 @@ class PlainQuery {
         for (int32_t source = 0; source < 32; ++source) {
           const uint64_t added = __shfl_sync(kFullWarp, key, source);
           if (added <= worst) continue;
+          __syncwarp();  // all lanes have read best_
           if (lane_ == 0) best_[worst_place] = added;
           __syncwarp();
           FindWorst(worst, worst_place);

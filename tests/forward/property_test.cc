@@ -3,7 +3,8 @@
 #include <cmath>
 
 #include "gtest/gtest.h"
-#include "tests/testing/compare.h"
+#include "tests/forward/backend.h"
+#include "tests/testing/reference_check.h"
 #include "tests/testing/sharded.h"
 
 namespace nsa::test {
@@ -11,10 +12,6 @@ namespace {
 
 using reference::ReferenceConfig;
 using reference::ReferenceInputs;
-using reference::ReferenceOutputs;
-
-// Relative L2 error against the reference that each storage type may have.
-double Bound(DType dtype) { return dtype == DType::kF32 ? 1e-5 : 4e-3; }
 
 ShardPlan RandomPlan(const std::vector<int64_t>& cu_seqlens, Random* random) {
   const int64_t num_tokens = cu_seqlens.back();
@@ -39,7 +36,7 @@ ShardPlan RandomPlan(const std::vector<int64_t>& cu_seqlens, Random* random) {
   return *ShardPlan::Create(num_tokens, num_ranks, chunks, cu_seqlens);
 }
 
-class PropertyTest : public ::testing::TestWithParam<int> {};
+class PropertyTest : public BackendTest, public ::testing::WithParamInterface<int> {};
 
 TEST_P(PropertyTest, ForwardEqualsTheReference) {
   Random random(1000 + GetParam());
@@ -52,7 +49,8 @@ TEST_P(PropertyTest, ForwardEqualsTheReference) {
   const std::vector<int64_t> cu_seqlens =
       RandomDocuments(config, num_tokens, random.Pick<int64_t>({1, 1, 4, 10}), &random);
   InputOptions options;
-  options.dtype = random.Pick({DType::kF32, DType::kF32, DType::kBF16, DType::kBF16, DType::kF16});
+  const std::vector<DType>& dtypes = TheBackend().dtypes;
+  options.dtype = dtypes[random.Int(0, static_cast<int64_t>(dtypes.size()) - 1)];
   options.gate_dtype = random.Pick({DType::kF32, options.dtype});
   options.parameter_dtype = random.Pick({DType::kF32, options.dtype});
   options.parameters_per_head = random.OneIn(2);
@@ -63,7 +61,15 @@ TEST_P(PropertyTest, ForwardEqualsTheReference) {
   const ShardPlan plan = RandomPlan(cu_seqlens, &random);
   RunOptions run;
   run.share_kv = options.share_keys;
-  run.row_padding = random.Pick<int64_t>({0, 0, 8, 3});
+  run.row_padding = TheBackend().alignment * random.Pick<int64_t>({0, 0, 8, 3});
+  run.head_padding = TheBackend().alignment * random.Pick<int64_t>({0, 0, 2, 5});
+  if (random.OneIn(3)) {
+    // Of a few queries.
+    const int64_t record = config.select_block_tokens * (config.head_dim_qk + config.head_dim_v) *
+                           SizeOf(options.dtype);
+    run.fetch_budget_bytes =
+        config.num_selected_blocks * config.num_kv_heads * record * random.Int(1, 3);
+  }
   const Problem problem = MakeProblem(config, cu_seqlens, options, inputs);
   SCOPED_TRACE(Describe(config));
   SCOPED_TRACE(testing::Message() << "tokens " << num_tokens << ", documents "
@@ -72,31 +78,10 @@ TEST_P(PropertyTest, ForwardEqualsTheReference) {
                                   << plan.chunks().size());
 
   GlobalOutputs outputs(problem);
-  const absl::Status status = RunLoopback(problem, plan, run, &outputs);
+  const absl::Status status = RunRanks(problem, plan, run, &outputs);
   ASSERT_TRUE(status.ok()) << status;
 
-  // The reference attends to the blocks that were selected, and judges the selection by itself.
-  const std::vector<int32_t> indices = outputs.block_indices();
-  reference::ReferenceOptions reference_options;
-  reference_options.summary_rounding = SummaryRounding(options.dtype);
-  reference_options.given_block_indices = &indices;
-  const auto expected = reference::Forward(config, inputs, reference_options);
-  ASSERT_TRUE(expected.ok()) << expected.status();
-  EXPECT_TRUE(SelectionAgrees(config, cu_seqlens, *expected, indices,
-                              {.relative = options.dtype == DType::kF32 ? 1e-4 : 2e-2}));
-  const double bound = Bound(options.dtype);
-  const int64_t row = config.head_dim_v;
-  EXPECT_TRUE(Close("o_cmp", expected->o_cmp, outputs.Values(GlobalOutputs::kOCmp), row, bound));
-  EXPECT_TRUE(Close("o_slc", expected->o_slc, outputs.Values(GlobalOutputs::kOSlc), row, bound));
-  EXPECT_TRUE(Close("o_win", expected->o_win, outputs.Values(GlobalOutputs::kOWin), row, bound));
-  EXPECT_TRUE(Close("o", expected->o, outputs.Values(GlobalOutputs::kO), row, bound));
-  const double lse = options.dtype == DType::kF32 ? 1e-5 : 1e-2;
-  EXPECT_TRUE(CloseElements("lse_cmp", expected->lse_cmp, outputs.Values(GlobalOutputs::kLseCmp),
-                            lse, lse));
-  EXPECT_TRUE(CloseElements("lse_slc", expected->lse_slc, outputs.Values(GlobalOutputs::kLseSlc),
-                            1e-5, 1e-5));
-  EXPECT_TRUE(CloseElements("lse_win", expected->lse_win, outputs.Values(GlobalOutputs::kLseWin),
-                            1e-5, 1e-5));
+  ExpectEqualsReference(config, inputs, options.dtype, outputs);
 }
 
 INSTANTIATE_TEST_SUITE_P(Random, PropertyTest, ::testing::Range(0, 220));

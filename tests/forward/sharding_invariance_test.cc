@@ -1,5 +1,6 @@
 // The number of ranks, the sharding and the fetch budget must not show in a single bit.
 #include "gtest/gtest.h"
+#include "tests/forward/backend.h"
 #include "tests/testing/sharded.h"
 
 namespace nsa::test {
@@ -29,14 +30,16 @@ std::string UnevenLengths(int64_t num_tokens, int num_ranks) {
   return lengths;
 }
 
-class ShardingInvarianceTest : public ::testing::TestWithParam<DType> {
+class ShardingInvarianceTest : public BackendTest, public ::testing::WithParamInterface<DType> {
  protected:
   void SetUp() override {
+    BackendTest::SetUp();
+    if (IsSkipped()) return;
     InputOptions options;
     options.dtype = GetParam();
     problem_ = RandomProblem(TestConfig(), cu_seqlens_, options, 7);
     one_ = std::make_unique<GlobalOutputs>(problem_);
-    const absl::Status status = RunLoopback(problem_, Plan("contiguous", 1), {}, one_.get());
+    const absl::Status status = RunRanks(problem_, Plan("contiguous", 1), {}, one_.get());
     ASSERT_TRUE(status.ok()) << status;
   }
 
@@ -49,7 +52,7 @@ class ShardingInvarianceTest : public ::testing::TestWithParam<DType> {
     SCOPED_TRACE(testing::Message() << sharding << " on " << num_ranks << " ranks");
     GlobalOutputs outputs(problem_);
     const absl::Status status =
-        RunLoopback(problem_, Plan(sharding, num_ranks), options, &outputs, &stats_);
+        RunRanks(problem_, Plan(sharding, num_ranks), options, &outputs, &stats_);
     ASSERT_TRUE(status.ok()) << status;
     EXPECT_TRUE(SameOutputs(problem_, *one_, outputs));
   }
@@ -75,10 +78,12 @@ TEST_P(ShardingInvarianceTest, FetchBudgetCutsTheWorkIntoPieces) {
   options.fetch_budget_bytes = 2 * 6 * record;  // one query's worth
   // Rank 2 sees 10 remote blocks of its document: those of one kv head fit.
   ExpectSame("contiguous", 3, options);
+  if (HasFatalFailure()) return;
   EXPECT_EQ(stats_.ranks(2).query_pieces(), 2);
   EXPECT_LE(stats_.ranks(2).fetch_slot_bytes(), options.fetch_budget_bytes);
   // The last of four ranks sees more than 12, so that its queries are cut.
   ExpectSame("contiguous", 4, options);
+  if (HasFatalFailure()) return;
   EXPECT_GT(stats_.ranks(3).query_pieces(), 3);
   options.fetch_budget_bytes = 20 * record;
   ExpectSame("zigzag", 4, options);
@@ -87,37 +92,43 @@ TEST_P(ShardingInvarianceTest, FetchBudgetCutsTheWorkIntoPieces) {
 TEST_P(ShardingInvarianceTest, RepeatedForwardsAndStridedTensors) {
   RunOptions options;
   options.num_forwards = 3;
-  options.row_padding = 5;
+  options.row_padding = 5 * TheBackend().alignment;
+  options.head_padding = 3 * TheBackend().alignment;
   ExpectSame("zigzag", 3, options);
 }
 
-INSTANTIATE_TEST_SUITE_P(DTypes, ShardingInvarianceTest,
-                         ::testing::Values(DType::kF32, DType::kBF16, DType::kF16),
+INSTANTIATE_TEST_SUITE_P(DTypes, ShardingInvarianceTest, ::testing::ValuesIn(TheBackend().dtypes),
                          [](const auto& info) { return NameOf(info.param); });
 
-TEST(MoreRanksThanTokens, AllButAFewAreEmpty) {
+using MoreRanksThanTokens = BackendTest;
+
+TEST_F(MoreRanksThanTokens, AllButAFewAreEmpty) {
   const std::vector<int64_t> cu_seqlens = {0, 5};
-  const Problem problem = RandomProblem(TestConfig(), cu_seqlens, {}, 3);
+  const Problem problem =
+      RandomProblem(TestConfig(), cu_seqlens, {.dtype = TheBackend().dtypes[0]}, 3);
   GlobalOutputs one(problem), many(problem);
-  ASSERT_TRUE(RunLoopback(problem, *ShardPlan::Parse("contiguous", 5, 1), {}, &one).ok());
-  const absl::Status status = RunLoopback(problem, *ShardPlan::Parse("zigzag", 5, 9), {}, &many);
+  ASSERT_TRUE(RunRanks(problem, *ShardPlan::Parse("contiguous", 5, 1), {}, &one).ok());
+  const absl::Status status = RunRanks(problem, *ShardPlan::Parse("zigzag", 5, 9), {}, &many);
   ASSERT_TRUE(status.ok()) << status;
   EXPECT_TRUE(SameOutputs(problem, one, many));
 }
 
+using StatisticsTest = BackendTest;
+
 // What the statistics say must be what the plan and the selection imply.
-TEST(StatisticsTest, BytesFollowFromPlanAndSelection) {
+TEST_F(StatisticsTest, BytesFollowFromPlanAndSelection) {
+  const DType dtype = TheBackend().dtypes[0];
   const std::vector<int64_t> cu_seqlens = {0, 2048};
   const ReferenceConfig config = TestConfig();
-  const Problem problem = RandomProblem(config, cu_seqlens, {}, 5);
+  const Problem problem = RandomProblem(config, cu_seqlens, {.dtype = dtype}, 5);
   const ShardPlan plan = *ShardPlan::Parse("contiguous", 2048, 4);
   GlobalOutputs outputs(problem);
   ForwardStats separate, shared;
-  ASSERT_TRUE(RunLoopback(problem, plan, {}, &outputs, &separate).ok());
+  ASSERT_TRUE(RunRanks(problem, plan, {}, &outputs, &separate).ok());
   const std::vector<int32_t> indices = outputs.block_indices();
 
-  const int64_t record = 64 * (64 + 128) * 4;
-  const int64_t row = 2 * (64 + 128) * 4;
+  const int64_t record = 64 * (64 + 128) * SizeOf(dtype);
+  const int64_t row = 2 * (64 + 128) * SizeOf(dtype);
   for (int rank = 0; rank < 4; ++rank) {
     const RankStats& stats = separate.ranks(rank);
     // 512 tokens a rank: block 8 r begins rank r.
@@ -156,7 +167,7 @@ TEST(StatisticsTest, BytesFollowFromPlanAndSelection) {
   // Shared k and v: the union of the halos crosses once, so no more than the separate ones did.
   RunOptions share;
   share.share_kv = true;
-  ASSERT_TRUE(RunLoopback(problem, plan, share, &outputs, &shared).ok());
+  ASSERT_TRUE(RunRanks(problem, plan, share, &outputs, &shared).ok());
   EXPECT_EQ(shared.ranks(1).halo_bytes_received(), separate.ranks(1).halo_bytes_received());
 }
 

@@ -2,13 +2,15 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "comm/loopback/loopback.h"
 #include "kernels/cpu/cpu_kernels.h"
-#include "nsa/engine.h"
 #include "nsa/plan/workspace.h"
 #include "tests/testing/compare.h"
 
@@ -18,86 +20,132 @@ namespace {
 constexpr const char* kFieldNames[] = {"o",       "o_cmp",   "o_slc",   "o_win",
                                        "lse_cmp", "lse_slc", "lse_win", "block_indices"};
 
-// A tensor of this rank in the kernels' memory, rows `row_padding` elements further apart than
-// dense.
+// A tensor that is to be in the kernels' memory: where it lies in the problem, and where its view
+// belongs. Empty ones are left out.
+struct InputField {
+  const Bytes* bytes;
+  DType dtype;
+  Dims shape;  // of this rank
+  ConstTensor* view;
+};
+
+std::vector<InputField> ActivationFields(const Problem& problem, int64_t tokens,
+                                         ForwardInputs* inputs) {
+  const EncodedInputs& in = problem.inputs;
+  const DType dtype = problem.input_options.dtype;
+  const int64_t hq = problem.config.num_q_heads, hkv = problem.config.num_kv_heads;
+  const int64_t dk = problem.config.head_dim_qk, dv = problem.config.head_dim_v;
+  return {{&in.q, dtype, {tokens, hq, dk}, &inputs->q},
+          {&in.k_cmp, dtype, {tokens, hkv, dk}, &inputs->k_cmp},
+          {&in.v_cmp, dtype, {tokens, hkv, dv}, &inputs->v_cmp},
+          {&in.k_slc, dtype, {tokens, hkv, dk}, &inputs->k_slc},
+          {&in.v_slc, dtype, {tokens, hkv, dv}, &inputs->v_slc},
+          {&in.k_win, dtype, {tokens, hkv, dk}, &inputs->k_win},
+          {&in.v_win, dtype, {tokens, hkv, dv}, &inputs->v_win},
+          {&in.gate, problem.input_options.gate_dtype, {tokens, hq, 3}, &inputs->gate}};
+}
+
+std::vector<InputField> ParameterFields(const Problem& problem, ForwardInputs* inputs) {
+  std::vector<InputField> fields;
+  const auto add = [&](const EncodedParameters& encoded, int64_t dim, CompressorParams* params) {
+    const int64_t h = encoded.num_heads, f = encoded.hidden_width;
+    const int64_t l = problem.config.compress_block_tokens;
+    const InputField all[] = {{&encoded.weight, encoded.dtype, {h, l}, &params->weight},
+                              {&encoded.pe, encoded.dtype, {h, l, dim}, &params->pe},
+                              {&encoded.w, encoded.dtype, {h, dim, l * dim}, &params->w},
+                              {&encoded.w1, encoded.dtype, {h, f, l * dim}, &params->w1},
+                              {&encoded.b1, encoded.dtype, {h, f}, &params->b1},
+                              {&encoded.w2, encoded.dtype, {h, dim, f}, &params->w2},
+                              {&encoded.b2, encoded.dtype, {h, dim}, &params->b2}};
+    for (const InputField& field : all) {
+      if (!field.bytes->empty()) fields.push_back(field);
+    }
+  };
+  add(problem.inputs.compress_k, problem.config.head_dim_qk, &inputs->compress_k);
+  add(problem.inputs.compress_v, problem.config.head_dim_v, &inputs->compress_v);
+  return fields;
+}
+
+}  // namespace
+
+// A tensor in the kernels' memory, whose rows are some of the rows of a dense tensor on the host.
 class LocalTensor {
  public:
+  // Heads, the second of three dimensions, and rows lie further apart than dense by the paddings.
   static absl::StatusOr<LocalTensor> Create(kernels::Kernels& kernels, DType dtype, Dims shape,
-                                            int64_t row_padding) {
+                                            int64_t row_padding = 0, int64_t head_padding = 0) {
     LocalTensor tensor;
     tensor.tensor_ = Tensor(nullptr, dtype, std::move(shape));
-    tensor.tensor_.strides[0] += row_padding;
-    tensor.row_bytes_ = (tensor.tensor_.strides[0] - row_padding) * SizeOf(dtype);
+    Tensor& view = tensor.tensor_;
+    if (view.shape.size() == 3) {
+      view.strides[1] += head_padding;
+      view.strides[0] = view.shape[1] * view.strides[1];
+    }
+    view.strides[0] += row_padding;
     absl::StatusOr<std::unique_ptr<kernels::Memory>> memory =
-        kernels.Allocate(std::max<int64_t>(1, tensor.tensor_.shape[0] * tensor.stride_bytes()));
+        kernels.Allocate(std::max<int64_t>(1, tensor.num_bytes()));
     if (!memory.ok()) return memory.status();
     tensor.memory_ = *std::move(memory);
-    tensor.tensor_.data = tensor.memory_->data();
+    view.data = tensor.memory_->data();
     return tensor;
   }
 
   const Tensor& view() const { return tensor_; }
 
-  absl::Status CopyRowIn(kernels::Kernels& kernels, int64_t row, const std::byte* src) {
-    return kernels.CopyFromHost(At(row), src, row_bytes_, nullptr);
-  }
-  absl::Status CopyRowOut(kernels::Kernels& kernels, int64_t row, std::byte* dst) {
-    return kernels.CopyToHost(dst, At(row), row_bytes_, nullptr);
-  }
-  int64_t row_bytes() const { return row_bytes_; }
   // NaN everywhere, in the padding too.
   absl::Status Poison(kernels::Kernels& kernels) {
-    const std::vector<char> poison(tensor_.shape[0] * stride_bytes(), '\xff');
-    return kernels.CopyFromHost(tensor_.data, poison.data(), static_cast<int64_t>(poison.size()),
-                                nullptr);
+    return CopyIn(kernels, std::vector<std::byte>(num_bytes(), kPoison));
   }
-
- private:
-  int64_t stride_bytes() const { return tensor_.strides[0] * SizeOf(tensor_.dtype); }
-  char* At(int64_t row) { return static_cast<char*>(tensor_.data) + row * stride_bytes(); }
-
-  Tensor tensor_;
-  int64_t row_bytes_ = 0;
-  std::unique_ptr<kernels::Memory> memory_;
-};
-
-// Compressor parameters in the kernels' memory.
-class LocalParams {
- public:
-  absl::Status Load(kernels::Kernels& kernels, const NsaConfig& config,
-                    const EncodedParameters& encoded, int64_t head_dim) {
-    const int64_t h = encoded.num_heads;
-    const int64_t l = config.compress_block_tokens;
-    const int64_t f = encoded.hidden_width;
-    const std::tuple<const Bytes*, ConstTensor*, Dims> all[] = {
-        {&encoded.weight, &params_.weight, {h, l}},
-        {&encoded.pe, &params_.pe, {h, l, head_dim}},
-        {&encoded.w, &params_.w, {h, head_dim, l * head_dim}},
-        {&encoded.w1, &params_.w1, {h, f, l * head_dim}},
-        {&encoded.b1, &params_.b1, {h, f}},
-        {&encoded.w2, &params_.w2, {h, head_dim, f}},
-        {&encoded.b2, &params_.b2, {h, head_dim}}};
-    for (const auto& [bytes, tensor, shape] : all) {
-      if (bytes->empty()) continue;
-      absl::StatusOr<std::unique_ptr<kernels::Memory>> memory =
-          kernels.Allocate(static_cast<int64_t>(bytes->size()));
-      if (!memory.ok()) return memory.status();
-      memory_.push_back(*std::move(memory));
-      absl::Status status = kernels.CopyFromHost(memory_.back()->data(), bytes->data(),
-                                                 static_cast<int64_t>(bytes->size()), nullptr);
-      if (!status.ok()) return status;
-      *tensor = ConstTensor(memory_.back()->data(), encoded.dtype, shape);
-    }
+  // `rows`: of the dense tensor, for each row of this one. The padding becomes NaN.
+  absl::Status Load(kernels::Kernels& kernels, const std::byte* dense,
+                    const std::vector<int64_t>& rows) {
+    std::vector<std::byte> bytes(num_bytes(), kPoison);
+    ForEachHead(rows, [&](int64_t here, int64_t there, int64_t count) {
+      std::memcpy(&bytes[here], dense + there, count);
+    });
+    return CopyIn(kernels, bytes);
+  }
+  absl::Status Store(kernels::Kernels& kernels, std::byte* dense,
+                     const std::vector<int64_t>& rows) const {
+    std::vector<std::byte> bytes(num_bytes());
+    absl::Status status = kernels.CopyToHost(bytes.data(), tensor_.data, num_bytes(), nullptr);
+    if (status.ok()) status = kernels.Synchronize(nullptr);
+    if (!status.ok()) return status;
+    ForEachHead(rows, [&](int64_t here, int64_t there, int64_t count) {
+      std::memcpy(dense + there, &bytes[here], count);
+    });
     return absl::OkStatus();
   }
-  const CompressorParams& view() const { return params_; }
 
  private:
-  CompressorParams params_;
-  std::vector<std::unique_ptr<kernels::Memory>> memory_;
-};
+  static constexpr std::byte kPoison{0xff};
 
-}  // namespace
+  int64_t num_bytes() const {
+    return tensor_.shape[0] * tensor_.strides[0] * SizeOf(tensor_.dtype);
+  }
+
+  absl::Status CopyIn(kernels::Kernels& kernels, const std::vector<std::byte>& bytes) {
+    const absl::Status status =
+        kernels.CopyFromHost(tensor_.data, bytes.data(), num_bytes(), nullptr);
+    return status.ok() ? kernels.Synchronize(nullptr) : status;
+  }
+
+  template <class Copy>
+  void ForEachHead(const std::vector<int64_t>& rows, Copy copy) const {
+    const bool has_heads = tensor_.shape.size() == 3;
+    const int64_t heads = has_heads ? tensor_.shape[1] : 1;
+    const int64_t head_bytes = tensor_.shape.back() * SizeOf(tensor_.dtype);
+    for (size_t row = 0; row < rows.size(); ++row) {
+      for (int64_t head = 0; head < heads; ++head) {
+        const int64_t here = row * tensor_.strides[0] + (has_heads ? head * tensor_.strides[1] : 0);
+        copy(here * SizeOf(tensor_.dtype), (rows[row] * heads + head) * head_bytes, head_bytes);
+      }
+    }
+  }
+
+  Tensor tensor_;
+  std::unique_ptr<kernels::Memory> memory_;
+};
 
 NsaConfig MakeNsaConfig(const reference::ReferenceConfig& config) {
   NsaConfig result = {
@@ -189,114 +237,143 @@ std::vector<int32_t> GlobalOutputs::block_indices() const {
   return ::testing::AssertionSuccess();
 }
 
+RankForward::RankForward(const ShardPlan& plan, int rank, std::shared_ptr<kernels::Kernels> kernels)
+    : rows_(plan.TokensOfRank(rank)), kernels_(std::move(kernels)) {
+  for (size_t row = 0; row < rows_.size(); ++row) rows_[row] = plan.GlobalToken(rank, row);
+}
+
+RankForward::~RankForward() = default;
+
+absl::StatusOr<std::unique_ptr<RankForward>> RankForward::Create(
+    const Problem& problem, const ShardPlan& plan, const RunOptions& options,
+    std::shared_ptr<comm::Communicator> communicator, std::shared_ptr<kernels::Kernels> kernels) {
+  std::unique_ptr<RankForward> forward(new RankForward(plan, communicator->rank(), kernels));
+  absl::StatusOr<std::unique_ptr<Engine>> engine =
+      Engine::Create({.config = problem.config,
+                      .dtype = problem.input_options.dtype,
+                      .fetch_budget_bytes = options.fetch_budget_bytes,
+                      .on_stage = options.on_stage},
+                     plan, std::move(communicator), std::move(kernels));
+  if (!engine.ok()) return engine.status();
+  forward->engine_ = *std::move(engine);
+  absl::Status status = forward->Allocate(problem, options);
+  if (status.ok()) status = forward->Load(problem);
+  if (!status.ok()) return status;
+  return forward;
+}
+
+absl::Status RankForward::Allocate(const Problem& problem, const RunOptions& options) {
+  const NsaConfig& config = problem.config;
+  const DType dtype = problem.input_options.dtype;
+  const auto tokens = static_cast<int64_t>(rows_.size());
+  const int64_t hq = config.num_q_heads, hkv = config.num_kv_heads, dv = config.head_dim_v;
+  const auto add = [&](std::vector<LocalTensor>* list, DType type, const Dims& shape, bool padded,
+                       auto* view) -> absl::Status {
+    absl::StatusOr<LocalTensor> tensor =
+        LocalTensor::Create(*kernels_, type, shape, padded ? options.row_padding : 0,
+                            padded ? options.head_padding : 0);
+    if (!tensor.ok()) return tensor.status();
+    *view = tensor->view();
+    list->push_back(*std::move(tensor));
+    return absl::OkStatus();
+  };
+  for (const InputField& f : ActivationFields(problem, tokens, &inputs_)) {
+    absl::Status status = add(&activations_, f.dtype, f.shape, true, f.view);
+    if (!status.ok()) return status;
+  }
+  for (const InputField& f : ParameterFields(problem, &inputs_)) {
+    absl::Status status = add(&parameters_, f.dtype, f.shape, false, f.view);
+    if (!status.ok()) return status;
+  }
+  if (options.share_kv) inputs_.SetSharedKv(inputs_.k_cmp, inputs_.v_cmp);
+  // In the order of GlobalOutputs::Field.
+  Tensor lse[3], indices;
+  for (Tensor* view : {&outputs_.o, &outputs_.o_cmp, &outputs_.o_slc, &outputs_.o_win}) {
+    absl::Status status = add(&results_, dtype, {tokens, hq, dv}, true, view);
+    if (!status.ok()) return status;
+  }
+  for (Tensor& view : lse) {
+    absl::Status status = add(&results_, DType::kF32, {tokens, hq}, false, &view);
+    if (!status.ok()) return status;
+  }
+  absl::Status status =  // 4 bytes each
+      add(&results_, DType::kF32, {tokens, hkv, config.num_selected_blocks}, false, &indices);
+  if (!status.ok()) return status;
+  if (options.only_o) {
+    outputs_.o_cmp = outputs_.o_slc = outputs_.o_win = Tensor();
+  } else {
+    outputs_.lse_cmp = static_cast<float*>(lse[0].data);
+    outputs_.lse_slc = static_cast<float*>(lse[1].data);
+    outputs_.lse_win = static_cast<float*>(lse[2].data);
+    outputs_.block_indices = static_cast<int32_t*>(indices.data);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RankForward::Load(const Problem& problem) {
+  ForwardInputs unused;
+  const auto activations = ActivationFields(problem, static_cast<int64_t>(rows_.size()), &unused);
+  for (size_t i = 0; i < activations.size(); ++i) {
+    absl::Status status = activations_[i].Load(*kernels_, activations[i].bytes->data(), rows_);
+    if (!status.ok()) return status;
+  }
+  const auto parameters = ParameterFields(problem, &unused);
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    std::vector<int64_t> all_rows(parameters[i].shape[0]);
+    std::iota(all_rows.begin(), all_rows.end(), int64_t{0});
+    absl::Status status = parameters_[i].Load(*kernels_, parameters[i].bytes->data(), all_rows);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RankForward::Poison() {
+  for (LocalTensor& tensor : results_) {
+    if (absl::Status status = tensor.Poison(*kernels_); !status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RankForward::Run(void* stream) { return engine_->Forward(inputs_, outputs_, stream); }
+
+absl::Status RankForward::CopyTo(GlobalOutputs* outputs) {
+  for (int field = 0; field < GlobalOutputs::kNumFields; ++field) {
+    absl::Status status = results_[field].Store(
+        *kernels_, outputs->data(static_cast<GlobalOutputs::Field>(field)), rows_);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
 absl::Status RunRank(const Problem& problem, const ShardPlan& plan, const RunOptions& options,
                      std::shared_ptr<comm::Communicator> communicator,
                      std::shared_ptr<kernels::Kernels> kernels, GlobalOutputs* outputs,
                      ForwardStats* stats) {
-  const int rank = communicator->rank();
-  const int64_t tokens = plan.TokensOfRank(rank);
-  const NsaConfig& config = problem.config;
-  const DType dtype = problem.input_options.dtype;
-  const int64_t hq = config.num_q_heads, hkv = config.num_kv_heads;
-  const int64_t dk = config.head_dim_qk, dv = config.head_dim_v;
-
-  absl::StatusOr<std::unique_ptr<Engine>> engine =
-      Engine::Create({.config = config,
-                      .dtype = dtype,
-                      .fetch_budget_bytes = options.fetch_budget_bytes,
-                      .on_stage = options.on_stage},
-                     plan, communicator, kernels);
-  if (!engine.ok()) return engine.status();
-
-  std::vector<LocalTensor> local;
-  local.reserve(16);
-  auto load = [&](const Bytes& global, DType type, Dims shape, ConstTensor* view) -> absl::Status {
-    absl::StatusOr<LocalTensor> tensor =
-        LocalTensor::Create(*kernels, type, std::move(shape), options.row_padding);
-    if (!tensor.ok()) return tensor.status();
-    if (absl::Status status = tensor->Poison(*kernels); !status.ok()) return status;
-    for (int64_t row = 0; row < tokens; ++row) {
-      absl::Status status = tensor->CopyRowIn(
-          *kernels, row, global.data() + plan.GlobalToken(rank, row) * tensor->row_bytes());
-      if (!status.ok()) return status;
-    }
-    *view = tensor->view();
-    local.push_back(*std::move(tensor));
-    return absl::OkStatus();
-  };
-  ForwardInputs inputs;
-  const EncodedInputs& in = problem.inputs;
-  const std::tuple<const Bytes*, DType, Dims, ConstTensor*> loads[] = {
-      {&in.q, dtype, {tokens, hq, dk}, &inputs.q},
-      {&in.k_cmp, dtype, {tokens, hkv, dk}, &inputs.k_cmp},
-      {&in.v_cmp, dtype, {tokens, hkv, dv}, &inputs.v_cmp},
-      {&in.k_slc, dtype, {tokens, hkv, dk}, &inputs.k_slc},
-      {&in.v_slc, dtype, {tokens, hkv, dv}, &inputs.v_slc},
-      {&in.k_win, dtype, {tokens, hkv, dk}, &inputs.k_win},
-      {&in.v_win, dtype, {tokens, hkv, dv}, &inputs.v_win},
-      {&in.gate, problem.input_options.gate_dtype, {tokens, hq, 3}, &inputs.gate}};
-  for (const auto& [bytes, type, shape, view] : loads) {
-    if (absl::Status status = load(*bytes, type, shape, view); !status.ok()) return status;
-  }
-  if (options.share_kv) inputs.SetSharedKv(inputs.k_cmp, inputs.v_cmp);
-  LocalParams compress_k, compress_v;
-  if (absl::Status s = compress_k.Load(*kernels, config, in.compress_k, dk); !s.ok()) return s;
-  if (absl::Status s = compress_v.Load(*kernels, config, in.compress_v, dv); !s.ok()) return s;
-  inputs.compress_k = compress_k.view();
-  inputs.compress_v = compress_v.view();
-
-  std::vector<LocalTensor> results;
-  ForwardOutputs out;
-  for (Tensor* view : {&out.o, &out.o_cmp, &out.o_slc, &out.o_win}) {
-    absl::StatusOr<LocalTensor> tensor =
-        LocalTensor::Create(*kernels, dtype, {tokens, hq, dv}, options.row_padding);
-    if (!tensor.ok()) return tensor.status();
-    *view = tensor->view();
-    results.push_back(*std::move(tensor));
-  }
-  for (float** lse : {&out.lse_cmp, &out.lse_slc, &out.lse_win}) {
-    absl::StatusOr<LocalTensor> tensor =
-        LocalTensor::Create(*kernels, DType::kF32, {tokens, hq}, 0);
-    if (!tensor.ok()) return tensor.status();
-    *lse = static_cast<float*>(tensor->view().data);
-    results.push_back(*std::move(tensor));
-  }
-  absl::StatusOr<LocalTensor> indices = LocalTensor::Create(
-      *kernels, DType::kF32, {tokens, hkv, config.num_selected_blocks}, 0);  // 4 bytes each
-  if (!indices.ok()) return indices.status();
-  out.block_indices = static_cast<int32_t*>(indices->view().data);
-  results.push_back(*std::move(indices));
-
+  auto forward = RankForward::Create(problem, plan, options, std::move(communicator), kernels);
+  if (!forward.ok()) return forward.status();
   for (int i = 0; i < options.num_forwards; ++i) {
-    for (LocalTensor& tensor : results) {
-      if (absl::Status status = tensor.Poison(*kernels); !status.ok()) return status;
-    }
-    if (absl::Status s = (*engine)->Forward(inputs, out); !s.ok()) return s;
+    absl::Status status = (*forward)->Poison();
+    if (status.ok()) status = (*forward)->Run();
+    if (!status.ok()) return status;
   }
   if (absl::Status s = kernels->Synchronize(nullptr); !s.ok()) return s;
-  absl::StatusOr<ForwardStats> gathered = (*engine)->GatherStats();
+  absl::StatusOr<ForwardStats> gathered = (*forward)->engine().GatherStats();
   if (!gathered.ok()) return gathered.status();
   if (stats != nullptr) *stats = *gathered;
-  for (int field = 0; field < GlobalOutputs::kNumFields; ++field) {
-    const auto f = static_cast<GlobalOutputs::Field>(field);
-    for (int64_t row = 0; row < tokens; ++row) {
-      absl::Status status = results[field].CopyRowOut(
-          *kernels, row, outputs->data(f) + plan.GlobalToken(rank, row) * outputs->row_bytes(f));
-      if (!status.ok()) return status;
-    }
-  }
-  return kernels->Synchronize(nullptr);
+  return (*forward)->CopyTo(outputs);
 }
 
 absl::Status RunLoopback(const Problem& problem, const ShardPlan& plan, const RunOptions& options,
-                         GlobalOutputs* outputs, ForwardStats* stats) {
+                         GlobalOutputs* outputs, ForwardStats* stats,
+                         const MakeKernels& make_kernels) {
   auto group = comm::LoopbackGroup::Create(plan.num_ranks());
   if (!group.ok()) return group.status();
   std::vector<absl::Status> statuses(plan.num_ranks());
   std::vector<std::thread> threads;
   for (int rank = 0; rank < plan.num_ranks(); ++rank) {
     threads.emplace_back([&, rank] {
-      auto kernels = kernels::CpuKernels::Create({.num_threads = 1});
+      auto kernels =
+          make_kernels ? make_kernels() : kernels::CpuKernels::Create({.num_threads = 1});
       statuses[rank] = kernels.ok()
                            ? RunRank(problem, plan, options, std::move((*group)[rank]),
                                      *std::move(kernels), outputs, rank == 0 ? stats : nullptr)

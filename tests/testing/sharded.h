@@ -9,11 +9,13 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "comm/communicator.h"
 #include "gtest/gtest.h"
 #include "kernels/kernels.h"
 #include "nsa/config.h"
+#include "nsa/engine.h"
 #include "nsa/plan/sharding.h"
 #include "nsa/stats.pb.h"
 #include "tests/reference/reference.h"
@@ -71,12 +73,50 @@ class GlobalOutputs {
 
 struct RunOptions {
   int64_t fetch_budget_bytes = int64_t{1} << 30;
-  // Elements between the rows of every activation tensor beyond what a dense one has.
+  // Elements between the rows, and between the heads, of every activation tensor beyond what a
+  // dense one has.
   int64_t row_padding = 0;
+  int64_t head_padding = 0;
   // The branches are given the same k and v tensors (those of the compressed branch).
   bool share_kv = false;
+  // No optional output is asked for: those stay poisoned.
+  bool only_o = false;
   int num_forwards = 1;
   std::function<void(absl::string_view stage)> on_stage = nullptr;
+};
+
+class LocalTensor;
+
+// One rank's engine, with the rank's rows of a problem in the kernels' memory.
+class RankForward {
+ public:
+  // Collective.
+  static absl::StatusOr<std::unique_ptr<RankForward>> Create(
+      const Problem& problem, const ShardPlan& plan, const RunOptions& options,
+      std::shared_ptr<comm::Communicator> communicator, std::shared_ptr<kernels::Kernels> kernels);
+  ~RankForward();
+
+  // Puts this rank's rows of a problem of the same shapes in the place of those there are.
+  absl::Status Load(const Problem& problem);
+  // Fills the results, their padding too, with NaN patterns.
+  absl::Status Poison();
+  // Collective. Enqueues the forward; neither of the others may be called before it is done.
+  absl::Status Run(void* stream = nullptr);
+  // Puts this rank's rows of the results into `outputs`.
+  absl::Status CopyTo(GlobalOutputs* outputs);
+
+  Engine& engine() { return *engine_; }
+
+ private:
+  RankForward(const ShardPlan& plan, int rank, std::shared_ptr<kernels::Kernels> kernels);
+  absl::Status Allocate(const Problem& problem, const RunOptions& options);
+
+  std::vector<int64_t> rows_;  // the global token of each row
+  const std::shared_ptr<kernels::Kernels> kernels_;
+  std::unique_ptr<Engine> engine_;
+  std::vector<LocalTensor> activations_, parameters_, results_;
+  ForwardInputs inputs_;
+  ForwardOutputs outputs_;
 };
 
 // One rank's part: makes an engine, runs the forward on the rank's rows of `problem`, puts its rows
@@ -86,10 +126,14 @@ absl::Status RunRank(const Problem& problem, const ShardPlan& plan, const RunOpt
                      std::shared_ptr<kernels::Kernels> kernels, GlobalOutputs* outputs,
                      ForwardStats* stats = nullptr);
 
-// All ranks as threads over a loopback group and CPU kernels with one thread each. The first error
-// of the lowest rank.
+// The kernels of one rank, over host memory.
+using MakeKernels = std::function<absl::StatusOr<std::unique_ptr<kernels::Kernels>>()>;
+
+// All ranks as threads over a loopback group. The first error of the lowest rank. `make_kernels`:
+// null for CPU kernels with one thread.
 absl::Status RunLoopback(const Problem& problem, const ShardPlan& plan, const RunOptions& options,
-                         GlobalOutputs* outputs, ForwardStats* stats = nullptr);
+                         GlobalOutputs* outputs, ForwardStats* stats = nullptr,
+                         const MakeKernels& make_kernels = nullptr);
 
 }  // namespace nsa::test
 
