@@ -1,8 +1,9 @@
 // Streams and events of kernels whose calls have finished when they return: the order of the calls
-// is the order of the work.
+// is the order of the work. Rows may lie anywhere.
 #ifndef KERNELS_HOST_ORDER_H_
 #define KERNELS_HOST_ORDER_H_
 
+#include <cstdint>
 #include <memory>
 
 #include "absl/status/status.h"
@@ -15,6 +16,7 @@ namespace nsa::kernels {
 
 class HostOrder : public Kernels {
  public:
+  int64_t RowAlignment() const override { return 1; }
   absl::Status Synchronize(void* /*stream*/) override { return absl::OkStatus(); }
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override {
     return std::make_unique<HostStream>();

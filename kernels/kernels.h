@@ -48,6 +48,9 @@ class Kernels {
   // Size of one (select block, kv head) record of K and V, in bytes; a multiple of 64.
   virtual int64_t RecordBytes(const AttentionDims& dims) const = 0;
 
+  // What the address of every row of every head of activations has to be a multiple of, in bytes.
+  virtual int64_t RowAlignment() const = 0;
+
   // ResourceExhausted, naming bytes asked and free, when memory is out. 256-byte aligned, zeroed.
   virtual absl::StatusOr<std::unique_ptr<Memory>> Allocate(int64_t num_bytes) = 0;
   virtual absl::Status CopyFromHost(void* dst, const void* host_src, int64_t num_bytes,

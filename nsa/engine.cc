@@ -95,8 +95,8 @@ class EngineImpl final : public Engine {
                            void* stream) {
     PassContext& context = *context_;
     NSA_RETURN_IF_ERROR(context.stages.Start(stream));
-    const absl::Status mine =
-        CheckForward(context.options, context.rank_plan.num_tokens, inputs, outputs);
+    const absl::Status mine = CheckForward(context.options, context.rank_plan.num_tokens,
+                                           context.kernels->RowAlignment(), inputs, outputs);
     FieldList fields = FieldsOfCall(inputs);
     if (!context.options.agree_in_every_call && fields == agreed_fields_) {
       NSA_RETURN_IF_ERROR(context.communicator->HealthCheck());

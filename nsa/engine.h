@@ -60,9 +60,9 @@ struct CompressorParams {
   ConstTensor b2;      // [H',D]       MLP
 };
 
-// All tensors in options.dtype unless said; last dimension contiguous, other strides free; memory
-// of the kernels' device. Branches that are given the same k and the same v share one halo
-// exchange.
+// All tensors in options.dtype unless said; last dimension contiguous, other strides free but for
+// Kernels::RowAlignment; memory of the kernels' device. Branches that are given the same k and the
+// same v share one halo exchange.
 struct ForwardInputs {
   ConstTensor q;      // [T,Hq,Dk]
   ConstTensor k_cmp;  // [T,Hkv,Dk]

@@ -75,6 +75,8 @@ int64_t CudaKernels::RecordBytes(const AttentionDims& dims) const {
   return cuda::RecordBytes(dims);
 }
 
+int64_t CudaKernels::RowAlignment() const { return cuda::kAlignmentBytes; }
+
 absl::StatusOr<std::unique_ptr<Memory>> CudaKernels::Allocate(int64_t num_bytes) {
   return cuda::AllocateDeviceMemory(device_, num_bytes);
 }

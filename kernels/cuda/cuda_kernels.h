@@ -29,6 +29,8 @@ class CudaKernels : public Kernels {
   absl::Status Supports(const AttentionDims& dims) const override;
   int64_t RecordBytes(const AttentionDims& dims) const override;
 
+  int64_t RowAlignment() const override;
+
   absl::StatusOr<std::unique_ptr<Memory>> Allocate(int64_t num_bytes) override;
   absl::Status CopyFromHost(void* dst, const void* host_src, int64_t num_bytes,
                             void* stream) override;

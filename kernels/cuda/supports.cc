@@ -8,7 +8,6 @@
 namespace nsa::kernels::cuda {
 namespace {
 
-constexpr int64_t kAlignmentBytes = 16;
 constexpr int64_t kAlignmentElements = kAlignmentBytes / 2;
 
 absl::Status Require(bool holds, absl::string_view field, double value, absl::string_view rule) {

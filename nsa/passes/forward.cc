@@ -69,12 +69,12 @@ absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
   }
 
   // In pieces that the fetch budget holds the blocks of: as many kv heads as it can always hold, or
-  // when it cannot be sure of one, as many queries as turn out to fit.
+  // when it cannot be sure of one, as many queries of one as turn out to fit.
   const bool fetches = context.rank_plan.num_remote_slc_blocks > 0;
-  const int32_t heads_a_piece = context.layout.kv_heads_a_piece;
-  const bool cuts_queries = heads_a_piece == 0;
+  const bool cuts_queries = context.layout.kv_heads_a_piece == 0;
+  const int32_t heads_a_piece = std::max(1, context.layout.kv_heads_a_piece);
   kernels::Queries piece = queries;
-  piece.kv_heads = {0, cuts_queries ? dims.num_kv_heads : heads_a_piece};
+  piece.kv_heads = {0, heads_a_piece};
   int num_pieces = 0;
   for (int64_t begin = 0, end = num_tokens; piece.kv_heads.size() > 0; ++num_pieces) {
     // 6. Distinct remote (block, kv head) pairs of the piece -> slots
@@ -136,6 +136,7 @@ absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
     if (end < num_tokens) {
       begin = end;
     } else {
+      begin = 0;
       const int32_t next = piece.kv_heads.end;
       piece.kv_heads = {next, std::min(next + heads_a_piece, dims.num_kv_heads)};
     }

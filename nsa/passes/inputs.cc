@@ -14,6 +14,23 @@ absl::Status CheckTensorOrF32(absl::string_view name, const ConstTensor& tensor,
   return CheckTensor(name, tensor, tensor.dtype == DType::kF32 ? DType::kF32 : dtype, shape);
 }
 
+// Of [T,heads,dim].
+absl::Status CheckRowsAligned(absl::string_view name, const ConstTensor& tensor,
+                              int64_t row_alignment) {
+  for (int i = 0; i < 2; ++i) {
+    if (tensor.strides[i] * SizeOf(tensor.dtype) % row_alignment != 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, ".strides[", i, "] = ", tensor.strides[i], ": must be a multiple of ",
+                       row_alignment, " bytes on this device"));
+    }
+  }
+  if (reinterpret_cast<uintptr_t>(tensor.data) % row_alignment != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        name, ".data: its address must be a multiple of ", row_alignment, " bytes on this device"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckDense(absl::string_view name, const ConstTensor& tensor) {
   const ConstTensor dense(tensor.data, tensor.dtype, tensor.shape);
   if (tensor.strides == dense.strides) return absl::OkStatus();
@@ -124,32 +141,35 @@ std::array<BranchInputs, 3> BranchesOf(const ForwardInputs& inputs) {
   return branches;
 }
 
-absl::Status CheckForward(const EngineOptions& options, int64_t num_tokens,
+absl::Status CheckForward(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
                           const ForwardInputs& inputs, const ForwardOutputs& outputs) {
   const NsaConfig& config = options.config;
   const int64_t hq = config.num_q_heads;
   const int64_t hkv = config.num_kv_heads;
   const int64_t dk = config.head_dim_qk;
   const int64_t dv = config.head_dim_v;
-  const DType dtype = options.dtype;
-
-  NSA_RETURN_IF_ERROR(CheckTensor("q", inputs.q, dtype, {num_tokens, hq, dk}));
-  NSA_RETURN_IF_ERROR(CheckTensor("k_cmp", inputs.k_cmp, dtype, {num_tokens, hkv, dk}));
-  NSA_RETURN_IF_ERROR(CheckTensor("v_cmp", inputs.v_cmp, dtype, {num_tokens, hkv, dv}));
-  NSA_RETURN_IF_ERROR(CheckTensor("k_slc", inputs.k_slc, dtype, {num_tokens, hkv, dk}));
-  NSA_RETURN_IF_ERROR(CheckTensor("v_slc", inputs.v_slc, dtype, {num_tokens, hkv, dv}));
-  NSA_RETURN_IF_ERROR(CheckTensor("k_win", inputs.k_win, dtype, {num_tokens, hkv, dk}));
-  NSA_RETURN_IF_ERROR(CheckTensor("v_win", inputs.v_win, dtype, {num_tokens, hkv, dv}));
-  NSA_RETURN_IF_ERROR(CheckTensorOrF32("gate", inputs.gate, dtype, {num_tokens, hq, 3}));
+  const auto check = [&](absl::string_view name, const ConstTensor& tensor, int64_t heads,
+                         int64_t dim) {
+    const absl::Status status = CheckTensor(name, tensor, options.dtype, {num_tokens, heads, dim});
+    if (!status.ok() || num_tokens == 0) return status;
+    return CheckRowsAligned(name, tensor, row_alignment);
+  };
+  NSA_RETURN_IF_ERROR(check("q", inputs.q, hq, dk));
+  NSA_RETURN_IF_ERROR(check("k_cmp", inputs.k_cmp, hkv, dk));
+  NSA_RETURN_IF_ERROR(check("v_cmp", inputs.v_cmp, hkv, dv));
+  NSA_RETURN_IF_ERROR(check("k_slc", inputs.k_slc, hkv, dk));
+  NSA_RETURN_IF_ERROR(check("v_slc", inputs.v_slc, hkv, dv));
+  NSA_RETURN_IF_ERROR(check("k_win", inputs.k_win, hkv, dk));
+  NSA_RETURN_IF_ERROR(check("v_win", inputs.v_win, hkv, dv));
+  NSA_RETURN_IF_ERROR(CheckTensorOrF32("gate", inputs.gate, options.dtype, {num_tokens, hq, 3}));
   NSA_RETURN_IF_ERROR(ParamsChecker(options, "compress_k", dk, inputs.compress_k).Check());
   NSA_RETURN_IF_ERROR(ParamsChecker(options, "compress_v", dv, inputs.compress_v).Check());
 
-  NSA_RETURN_IF_ERROR(CheckTensor("o", outputs.o, dtype, {num_tokens, hq, dv}));
+  NSA_RETURN_IF_ERROR(check("o", outputs.o, hq, dv));
   const std::pair<const char*, const Tensor*> branch_outputs[] = {
       {"o_cmp", &outputs.o_cmp}, {"o_slc", &outputs.o_slc}, {"o_win", &outputs.o_win}};
   for (const auto& [name, tensor] : branch_outputs) {
-    if (!tensor->is_set()) continue;
-    NSA_RETURN_IF_ERROR(CheckTensor(name, *tensor, dtype, {num_tokens, hq, dv}));
+    if (tensor->is_set()) NSA_RETURN_IF_ERROR(check(name, *tensor, hq, dv));
   }
   return absl::OkStatus();
 }

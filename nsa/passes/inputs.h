@@ -24,7 +24,7 @@ std::array<BranchInputs, 3> BranchesOf(const ForwardInputs& inputs);
 int64_t HiddenWidth(const CompressorParams& params);
 
 // InvalidArgument naming field, value and rule, or OK.
-absl::Status CheckForward(const EngineOptions& options, int64_t num_tokens,
+absl::Status CheckForward(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
                           const ForwardInputs& inputs, const ForwardOutputs& outputs);
 
 // What of a call must be the same on all ranks.

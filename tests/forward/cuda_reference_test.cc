@@ -294,7 +294,8 @@ TEST_F(CudaReferenceTest, RefusesRowsThatAreNotAligned) {
   ASSERT_NE(forward, nullptr);
   const absl::Status status = forward->Run();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_THAT(status.message(), AllOf(HasSubstr("row_stride = "), HasSubstr("multiples of 8")));
+  EXPECT_THAT(status.message(),
+              AllOf(HasSubstr("strides[0] = "), HasSubstr("multiple of 16 bytes")));
 }
 
 }  // namespace

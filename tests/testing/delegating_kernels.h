@@ -22,6 +22,7 @@ class DelegatingKernels : public kernels::Kernels {
   int64_t RecordBytes(const kernels::AttentionDims& dims) const override {
     return to_->RecordBytes(dims);
   }
+  int64_t RowAlignment() const override { return to_->RowAlignment(); }
   absl::StatusOr<std::unique_ptr<kernels::Memory>> Allocate(int64_t num_bytes) override {
     return to_->Allocate(num_bytes);
   }
