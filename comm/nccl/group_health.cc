@@ -21,8 +21,6 @@ absl::string_view WaitingCallName(WaitingCall call) {
       return "AllGather";
     case WaitingCall::kExchange:
       return "Exchange";
-    case WaitingCall::kPublish:
-      return "Publish";
     case WaitingCall::kBeginWrite:
       return "BeginWrite";
     case WaitingCall::kGather:

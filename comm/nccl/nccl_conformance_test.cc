@@ -10,6 +10,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/clock.h"
 #include "comm/conformance/check.h"
 #include "comm/conformance/conformance.h"
@@ -66,7 +67,7 @@ class NcclConformance : public testing::TestWithParam<Case> {};
 
 TEST_P(NcclConformance, Passes) {
   const int num_gpus = nccl::CountGpus();
-  const int size = GetParam().size == 0 ? std::min(num_gpus, 4) : GetParam().size;
+  const int size = GetParam().size == 0 ? num_gpus : GetParam().size;
   if (num_gpus < std::max(size, GetParam().size == 0 ? 2 : 1)) {
     GTEST_SKIP() << "needs more than " << num_gpus << " GPUs";
   }
@@ -172,7 +173,7 @@ class Replay {
 TEST(NcclGraph, EpochsAndCollectivesReplay) {
   const int num_gpus = nccl::CountGpus();
   if (num_gpus < 1) GTEST_SKIP() << "needs a GPU";
-  const int size = std::min(num_gpus, 4);
+  const int size = num_gpus;
   const int port = conformance::FreePort();
   const auto run = [&](int rank) -> absl::Status {
     auto comm = nccl::CreateOnThisHost("graph", rank, size, port, {});
@@ -182,14 +183,29 @@ TEST(NcclGraph, EpochsAndCollectivesReplay) {
   EXPECT_EQ(conformance::RunOnProcesses(size, run), absl::OkStatus());
 }
 
+std::vector<Test> Without(std::vector<Test> tests, absl::string_view part) {
+  tests.erase(std::remove_if(tests.begin(), tests.end(),
+                             [&](const Test& test) { return absl::StrContains(test.name, part); }),
+              tests.end());
+  return tests;
+}
+
+// Reads in packs are served when their owners come to a Gather or Release.
+std::vector<Test> PackedWindowTests() {
+  return Without(conformance::WindowTests(), "ReadsNeedNoCallAtTheOwner");
+}
+
+// And then it is Release that waits, not BeginWrite.
+std::vector<Test> PackedErrorTests() { return Without(conformance::ErrorTests(), "BeginWrite"); }
+
 std::vector<Case> Cases() {
   return {{"Alone", conformance::AllTests, true, 1},
           {"Collectives", conformance::CollectiveTests, true, 0},
           {"Windows", conformance::WindowTests, true, 0},
           {"Errors", conformance::ErrorTests, true, 0},
-          // Not the errors: in copies nobody waits in BeginWrite, and for a Publish not in Gather.
-          {"MirroredCollectives", conformance::CollectiveTests, false, 0},
-          {"MirroredWindows", conformance::WindowTests, false, 0}};
+          {"PackedCollectives", conformance::CollectiveTests, false, 0},
+          {"PackedWindows", PackedWindowTests, false, 0},
+          {"PackedErrors", PackedErrorTests, false, 0}};
 }
 
 INSTANTIATE_TEST_SUITE_P(All, NcclConformance, testing::ValuesIn(Cases()),
