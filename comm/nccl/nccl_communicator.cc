@@ -105,7 +105,7 @@ absl::Status Impl::Start() {
   if (options_.device >= 0) {
     device_ = options_.device;
   } else {
-    NSA_NCCL_CUDA_OK(cudaGetDevice(&device_));
+    NSA_COMM_CUDA_OK(cudaGetDevice(&device_));
   }
   if (options_.adopt != nullptr) {
     nccl_ = NcclHandle::Adopt(options_.adopt, rank_, &health_);
@@ -117,12 +117,12 @@ absl::Status Impl::Start() {
 
 absl::Status Impl::Connect() {
   // The device may not exist, and this is the call that says so.
-  NSA_NCCL_CUDA_OK(cudaSetDevice(device_));
+  NSA_COMM_CUDA_OK(cudaSetDevice(device_));
   cudaStream_t stream = nullptr;
-  NSA_NCCL_CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  NSA_COMM_CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   stream_.reset(stream);
-  NSA_NCCL_CUDA_OK(LoadWindowKernels());
-  NSA_NCCL_CUDA_OK(LoadMeetingKernels());
+  NSA_COMM_CUDA_OK(LoadWindowKernels());
+  NSA_COMM_CUDA_OK(LoadMeetingKernels());
   if (absl::Status s = health_.Start(); !s.ok()) return s;
   window_context_ = {
       rank_,

@@ -11,9 +11,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "comm/conformance/check.h"
+#include "comm/conformance/gpus.h"
 #include "comm/conformance/launch.h"
 #include "comm/conformance/waits.h"
-#include "comm/nccl/host_view.h"
 #include "comm/nccl/test_group.h"
 #include "gtest/gtest.h"
 
@@ -94,7 +94,7 @@ class NcclFault : public testing::TestWithParam<Case> {};
 
 TEST_P(NcclFault, NamesTheVictim) {
   const auto& [work, victim, signal, use_windows] = GetParam();
-  const int size = nccl::CountGpus();
+  const int size = conformance::CountGpus();
   if (size < 2) GTEST_SKIP() << "needs two GPUs";
   const int port = FreePort();
   const bool killed = signal == SIGKILL;
@@ -107,7 +107,9 @@ TEST_P(NcclFault, NamesTheVictim) {
         options.use_windows = use_windows;
         auto inner = nccl::CreateOnThisHost("fault", rank, size, port, options);
         NSA_COMM_OK(inner.status());
-        std::unique_ptr<Communicator> comm = nccl::MakeHostView(*std::move(inner));
+        auto view = nccl::HostView(*std::move(inner));
+        NSA_COMM_OK(view.status());
+        std::unique_ptr<Communicator> comm = *std::move(view);
         auto prepared = work.prepare(*comm);
         NSA_COMM_OK(prepared.status());
         NSA_COMM_OK(comm->Barrier());

@@ -11,9 +11,9 @@ std::string NcclVersionName(int version) {
 absl::Status CheckNcclVersions(absl::Span<const int> versions) {
   for (size_t rank = 0; rank < versions.size(); ++rank) {
     if (versions[rank] < kOldestNccl) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "NCCL's version: rank ", rank, " runs ", NcclVersionName(versions[rank]),
-          "; must be at least ", NcclVersionName(kOldestNccl)));
+      return absl::FailedPreconditionError(
+          absl::StrCat("NCCL's version: rank ", rank, " runs ", NcclVersionName(versions[rank]),
+                       "; must be at least ", NcclVersionName(kOldestNccl)));
     }
     if (versions[rank] != versions[0]) {
       return absl::FailedPreconditionError(absl::StrCat(

@@ -15,8 +15,8 @@ inline constexpr int kOldestNccl = 22800;
 // "2.28.9".
 std::string NcclVersionName(int version);
 
-// `versions` holds what ncclGetVersion says on each rank. FailedPrecondition, the same on all ranks,
-// unless all run the same version and that is new enough.
+// `versions` holds what ncclGetVersion says on each rank. FailedPrecondition, the same on all
+// ranks, unless all run the same version and that is new enough.
 absl::Status CheckNcclVersions(absl::Span<const int> versions);
 
 }  // namespace nsa::comm::nccl

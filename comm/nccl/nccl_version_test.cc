@@ -14,9 +14,9 @@ TEST(NcclVersionTest, TheSameOnAllRanks) {
 }
 
 TEST(NcclVersionTest, NewEnough) {
-  EXPECT_EQ(CheckNcclVersions({22809, 22707}),
-            absl::FailedPreconditionError(
-                "NCCL's version: rank 1 runs 2.27.7; must be at least 2.28.0"));
+  EXPECT_EQ(
+      CheckNcclVersions({22809, 22707}),
+      absl::FailedPreconditionError("NCCL's version: rank 1 runs 2.27.7; must be at least 2.28.0"));
 }
 
 }  // namespace

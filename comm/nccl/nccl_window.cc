@@ -54,7 +54,7 @@ absl::StatusOr<std::unique_ptr<Window>> NcclWindow::CreateAlone(const WindowCont
   absl::StatusOr<DevicePtr<char*>> base = AllocateDevice<char*>(1);
   if (!base.ok()) return base.status();
   window->own_base_ = *std::move(base);
-  NSA_NCCL_CUDA_OK(cudaMemcpyAsync(window->own_base_.get(), &window->data_, sizeof(char*),
+  NSA_COMM_CUDA_OK(cudaMemcpyAsync(window->own_base_.get(), &window->data_, sizeof(char*),
                                    cudaMemcpyHostToDevice, context->stream));
   window->memory_.bases = window->own_base_.get();
   if (absl::Status s = window->Start(); !s.ok()) return s;
@@ -74,20 +74,20 @@ absl::Status NcclWindow::Start() {
   if (!taken.ok()) return taken.status();
   list_fault_taken_ = *std::move(taken);
   void* fault = nullptr;
-  NSA_NCCL_CUDA_OK(cudaHostAlloc(&fault, sizeof(ListFault), cudaHostAllocMapped));
+  NSA_COMM_CUDA_OK(cudaHostAlloc(&fault, sizeof(ListFault), cudaHostAllocMapped));
   list_fault_.reset(new (fault) ListFault());
   void* device_fault = nullptr;
-  NSA_NCCL_CUDA_OK(cudaHostGetDevicePointer(&device_fault, fault, 0));
+  NSA_COMM_CUDA_OK(cudaHostGetDevicePointer(&device_fault, fault, 0));
   device_list_fault_ = static_cast<ListFault*>(device_fault);
   cudaEvent_t event = nullptr;
-  NSA_NCCL_CUDA_OK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  NSA_COMM_CUDA_OK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   last_use_.reset(event);
 
-  NSA_NCCL_CUDA_OK(cudaMemcpyAsync(device_window_bytes_.get(), window_bytes_.data(),
+  NSA_COMM_CUDA_OK(cudaMemcpyAsync(device_window_bytes_.get(), window_bytes_.data(),
                                    window_bytes_.size() * sizeof(int64_t), cudaMemcpyHostToDevice,
                                    context_.stream));
-  NSA_NCCL_CUDA_OK(cudaMemsetAsync(list_fault_taken_.get(), 0, sizeof(uint32_t), context_.stream));
-  NSA_NCCL_CUDA_OK(cudaStreamSynchronize(context_.stream));
+  NSA_COMM_CUDA_OK(cudaMemsetAsync(list_fault_taken_.get(), 0, sizeof(uint32_t), context_.stream));
+  NSA_COMM_CUDA_OK(cudaStreamSynchronize(context_.stream));
   return absl::OkStatus();
 }
 
@@ -187,8 +187,8 @@ absl::Status NcclWindow::TakeListError() {
   const absl::Status error = ListError(*list_fault_, window_bytes_);
   __atomic_store_n(&list_fault_->kind, 0, __ATOMIC_RELEASE);
   const ScopedDevice device(context_.device);
-  NSA_NCCL_CUDA_OK(cudaMemsetAsync(list_fault_taken_.get(), 0, sizeof(uint32_t), context_.stream));
-  NSA_NCCL_CUDA_OK(cudaStreamSynchronize(context_.stream));
+  NSA_COMM_CUDA_OK(cudaMemsetAsync(list_fault_taken_.get(), 0, sizeof(uint32_t), context_.stream));
+  NSA_COMM_CUDA_OK(cudaStreamSynchronize(context_.stream));
   return error;
 }
 

@@ -10,7 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "comm/checks.h"
-#include "comm/nccl/cuda_status.h"
+#include "comm/cuda_status.h"
 #include "comm/nccl/nccl_communicator.h"
 #include "comm/nccl/peer_memory.h"
 #include "comm/nccl/signals.h"

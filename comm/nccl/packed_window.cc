@@ -50,7 +50,7 @@ absl::StatusOr<std::unique_ptr<Window>> PackedWindow::Create(const WindowContext
   std::unique_ptr<PackedWindow> window(
       new PackedWindow(context, id, std::move(window_bytes), std::move(memory)));
   cudaEvent_t event = nullptr;
-  NSA_NCCL_CUDA_OK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  NSA_COMM_CUDA_OK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   window->last_use_.reset(event);
   return window;
 }
@@ -95,16 +95,22 @@ absl::Status PackedWindow::Gather(const GatherList& list, int64_t record_bytes, 
     return absl::InvalidArgumentError(
         "Gather: stream: is captured; must not be, where windows are read in packs");
   }
-  std::vector<int32_t> peers;
-  std::vector<int64_t> offsets;
-  if (absl::Status s = ReadList(list, record_bytes, dst, on, peers, offsets); !s.ok()) return s;
-
-  const int64_t count = static_cast<int64_t>(peers.size());
+  const auto copy = [on](void* to, const void* from, int64_t num_bytes) -> absl::Status {
+    NSA_COMM_CUDA_OK(cudaMemcpyAsync(to, from, num_bytes, cudaMemcpyDeviceToHost, on));
+    return CudaStatus(cudaStreamSynchronize(on), "cudaStreamSynchronize");
+  };
+  absl::StatusOr<HostGatherList> read =
+      ReadGatherList(list, record_bytes, dst, window_bytes_, copy);
+  if (!read.ok()) {
+    return absl::IsInvalidArgument(read.status()) ? read.status()
+                                                  : context_.health->Break(read.status());
+  }
+  const int64_t count = static_cast<int64_t>(read->peers.size());
   for (int64_t begin = 0; begin < count;) {
     Wanted wanted;
     wanted.record_bytes = record_bytes;
     Records records;
-    absl::StatusOr<int64_t> end = PlanRound(peers, offsets, begin, wanted, records);
+    absl::StatusOr<int64_t> end = PlanRound(*read, begin, wanted, records);
     if (!end.ok()) return context_.health->Break(end.status());
     absl::StatusOr<bool> round =
         Round("Gather", false, wanted, records, static_cast<char*>(dst) + begin * record_bytes, on);
@@ -114,32 +120,7 @@ absl::Status PackedWindow::Gather(const GatherList& list, int64_t record_bytes, 
   return absl::OkStatus();
 }
 
-absl::Status PackedWindow::ReadList(const GatherList& list, int64_t record_bytes, const void* dst,
-                                    cudaStream_t stream, std::vector<int32_t>& peers,
-                                    std::vector<int64_t>& offsets) const {
-  int32_t count = 0;
-  if (list.count != nullptr) {
-    NSA_NCCL_CUDA_OK(
-        cudaMemcpyAsync(&count, list.count, sizeof(count), cudaMemcpyDeviceToHost, stream));
-    NSA_NCCL_CUDA_OK(cudaStreamSynchronize(stream));
-  }
-  if (count > 0 && count <= list.max_count && list.peers != nullptr && list.offsets != nullptr) {
-    peers.resize(count);
-    offsets.resize(count);
-    NSA_NCCL_CUDA_OK(cudaMemcpyAsync(peers.data(), list.peers, count * sizeof(int32_t),
-                                     cudaMemcpyDeviceToHost, stream));
-    NSA_NCCL_CUDA_OK(cudaMemcpyAsync(offsets.data(), list.offsets, count * sizeof(int64_t),
-                                     cudaMemcpyDeviceToHost, stream));
-    NSA_NCCL_CUDA_OK(cudaStreamSynchronize(stream));
-  }
-  return CheckGather({list.peers == nullptr ? nullptr : peers.data(),
-                      list.offsets == nullptr ? nullptr : offsets.data(),
-                      list.count == nullptr ? nullptr : &count, list.max_count},
-                     record_bytes, dst, window_bytes_);
-}
-
-absl::StatusOr<int64_t> PackedWindow::PlanRound(absl::Span<const int32_t> peers,
-                                                absl::Span<const int64_t> offsets, int64_t begin,
+absl::StatusOr<int64_t> PackedWindow::PlanRound(const HostGatherList& list, int64_t begin,
                                                 Wanted& wanted, Records& records) {
   const int64_t record_bytes = wanted.record_bytes;
   wanted.max_records =
@@ -147,19 +128,20 @@ absl::StatusOr<int64_t> PackedWindow::PlanRound(absl::Span<const int32_t> peers,
   wanted.offsets.resize(context_.size);
   std::vector<std::unordered_map<int64_t, int64_t>> index(context_.size);  // by offset
   int64_t i = begin;
-  for (; i < static_cast<int64_t>(peers.size()); ++i) {
-    const int32_t peer = peers[i];
+  for (; i < static_cast<int64_t>(list.peers.size()); ++i) {
+    const int32_t peer = list.peers[i];
+    const int64_t offset = list.offsets[i];
     if (peer == context_.rank) {
       records.memory.push_back(kOwn);
-      records.offsets.push_back(offsets[i]);
+      records.offsets.push_back(offset);
       continue;
     }
     std::vector<int64_t>& of_peer = wanted.offsets[peer];
     const auto [found, is_new] =
-        index[peer].try_emplace(offsets[i], static_cast<int64_t>(of_peer.size()));
+        index[peer].try_emplace(offset, static_cast<int64_t>(of_peer.size()));
     if (is_new) {
       if (static_cast<int64_t>(of_peer.size()) == wanted.max_records) break;
-      of_peer.push_back(offsets[i]);
+      of_peer.push_back(offset);
     }
     records.memory.push_back(kReceived);
     records.offsets.push_back((peer * wanted.max_records + found->second) * record_bytes);
@@ -230,7 +212,7 @@ absl::StatusOr<bool> PackedWindow::Round(absl::string_view call, bool released,
   const int64_t last_list = add(records);
   if (packs.empty() && records.offsets.empty()) return all_released;
 
-  NSA_NCCL_CUDA_OK(cudaStreamWaitEvent(stream, last_use_.get(), 0));
+  NSA_COMM_CUDA_OK(cudaStreamWaitEvent(stream, last_use_.get(), 0));
   for (auto [memory, num_bytes] : {std::pair(&packed_, packed_bytes),
                                    std::pair(&lists_, static_cast<int64_t>(lists.size()))}) {
     if (absl::Status s = memory->Reserve(num_bytes); !s.ok()) return s;
@@ -238,7 +220,7 @@ absl::StatusOr<bool> PackedWindow::Round(absl::string_view call, bool released,
   const UploadHead head = {{received_.data.get(), memory_.get()},
                            {received_.capacity, num_bytes()}};
   std::memcpy(lists.data(), &head, sizeof(head));
-  NSA_NCCL_CUDA_OK(cudaMemcpyAsync(lists_.data.get(), lists.data(), lists.size(),
+  NSA_COMM_CUDA_OK(cudaMemcpyAsync(lists_.data.get(), lists.data(), lists.size(),
                                    cudaMemcpyHostToDevice, stream));
   std::vector<SendOp> sends;
   for (const Pack& pack : packs) {
@@ -251,8 +233,7 @@ absl::StatusOr<bool> PackedWindow::Round(absl::string_view call, bool released,
   for (int owner = 0; owner < static_cast<int>(wanted.offsets.size()); ++owner) {
     const int64_t count = static_cast<int64_t>(wanted.offsets[owner].size());
     if (count == 0) continue;
-    recvs.push_back({owner,
-                     received_.data.get() + owner * wanted.max_records * wanted.record_bytes,
+    recvs.push_back({owner, received_.data.get() + owner * wanted.max_records * wanted.record_bytes,
                      count * wanted.record_bytes});
   }
   if (!sends.empty() || !recvs.empty()) {
@@ -263,7 +244,7 @@ absl::StatusOr<bool> PackedWindow::Round(absl::string_view call, bool released,
                                wanted.record_bytes, dst, stream);
     if (!status.ok()) return status;
   }
-  NSA_NCCL_CUDA_OK(cudaEventRecord(last_use_.get(), stream));
+  NSA_COMM_CUDA_OK(cudaEventRecord(last_use_.get(), stream));
   return all_released;
 }
 
@@ -284,8 +265,7 @@ absl::Status PackedWindow::Copy(int64_t list_offset, int64_t count, int64_t reco
   arguments.max_count = count;
   arguments.record_bytes = record_bytes;
   arguments.dst = static_cast<char*>(dst);
-  arguments.window_bytes =
-      reinterpret_cast<const int64_t*>(head + offsetof(UploadHead, num_bytes));
+  arguments.window_bytes = reinterpret_cast<const int64_t*>(head + offsetof(UploadHead, num_bytes));
   return CudaStatus(
       LaunchGather(memory, arguments, context_.gather_ctas, context_.gather_warps, stream),
       "Gather");

@@ -19,7 +19,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "comm/checks.h"
-#include "comm/nccl/cuda_status.h"
+#include "comm/cuda_status.h"
 #include "comm/nccl/nccl_communicator.h"
 #include "comm/nccl/window_context.h"
 
@@ -69,14 +69,9 @@ class PackedWindow final : public DeviceWindow {
         window_bytes_(std::move(window_bytes)),
         memory_(std::move(memory)) {}
 
-  // The list on the host, checked.
-  absl::Status ReadList(const GatherList& list, int64_t record_bytes, const void* dst,
-                        cudaStream_t stream, std::vector<int32_t>& peers,
-                        std::vector<int64_t>& offsets) const;
   // Takes records of the list from `begin` on, as many as one round may move.
-  absl::StatusOr<int64_t> PlanRound(absl::Span<const int32_t> peers,
-                                    absl::Span<const int64_t> offsets, int64_t begin,
-                                    Wanted& wanted, Records& records);
+  absl::StatusOr<int64_t> PlanRound(const HostGatherList& list, int64_t begin, Wanted& wanted,
+                                    Records& records);
   // One round; afterwards `records` go to `dst`. True when all ranks have said that they released.
   absl::StatusOr<bool> Round(absl::string_view call, bool released, const Wanted& wanted,
                              const Records& records, void* dst, cudaStream_t stream);

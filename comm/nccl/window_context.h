@@ -15,7 +15,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "comm/communicator.h"
-#include "comm/nccl/cuda_status.h"
+#include "comm/cuda_status.h"
 #include "comm/nccl/group_health.h"
 #include "comm/nccl/peer_memory.h"
 
