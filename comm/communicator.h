@@ -13,9 +13,9 @@
 //   Aborted           some rank called Abort; the message carries its rank and reason
 //   FailedPrecondition  ranks are in different calls; the message names both
 //   ResourceExhausted   CreateWindow: some rank has no memory; the group goes on
-// After any of these but InvalidArgument and CreateWindow's the communicator is broken for good: waiting and later
-// calls on this rank return the same first error at once, and peers learn of it or run into their
-// deadline.
+// After any of these but InvalidArgument and CreateWindow's the communicator is broken for good:
+// waiting and later calls on this rank return the same first error at once, and peers learn of it
+// or run into their deadline.
 #ifndef COMM_COMMUNICATOR_H_
 #define COMM_COMMUNICATOR_H_
 
@@ -67,8 +67,8 @@ struct GatherList {
 //   Gather       waits for the Publish of the ranks it reads, copies their records
 //   Release      this rank reads no more in this epoch
 // Each rank goes through the four in this order (any number of Gathers, also none); a call out of
-// order is InvalidArgument. A window must be destroyed before its communicator. Destruction is local
-// and counts as Release, of this epoch and of all that others go on to.
+// order is InvalidArgument. A window must be destroyed before its communicator. Destruction is
+// local and counts as Release, of this epoch and of all that others go on to.
 class Window {
  public:
   virtual ~Window() = default;

@@ -37,9 +37,9 @@ class CudaMemory final : public DeviceMemory {
     void* data = nullptr;
     if (cudaError_t e = cudaMallocHost(&data, num_bytes); e != cudaSuccess) {
       (void)cudaGetLastError();
-      return absl::ResourceExhaustedError(absl::StrCat("staging: cannot allocate ", num_bytes,
-                                                       " pinned bytes on the host: ",
-                                                       cudaGetErrorString(e)));
+      return absl::ResourceExhaustedError(
+          absl::StrCat("staging: cannot allocate ", num_bytes,
+                       " pinned bytes on the host: ", cudaGetErrorString(e)));
     }
     return Block(static_cast<char*>(data), [](char* memory) { (void)cudaFreeHost(memory); });
   }
@@ -47,8 +47,8 @@ class CudaMemory final : public DeviceMemory {
   absl::Status Copy(void* dst, const void* src, int64_t num_bytes, void* stream) override {
     if (num_bytes == 0) return absl::OkStatus();
     const ScopedDevice device(device_);
-    NSA_COMM_CUDA_OK(cudaMemcpyAsync(dst, src, num_bytes, cudaMemcpyDefault,
-                                     static_cast<cudaStream_t>(stream)));
+    NSA_COMM_CUDA_OK(
+        cudaMemcpyAsync(dst, src, num_bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)));
     return absl::OkStatus();
   }
 

@@ -18,7 +18,9 @@ namespace {
 constexpr int64_t kGatherBytes = 64 << 20;
 constexpr int64_t kAlignment = 256;
 
-int64_t AlignUp(int64_t num_bytes) { return (num_bytes + kAlignment - 1) / kAlignment * kAlignment; }
+int64_t AlignUp(int64_t num_bytes) {
+  return (num_bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 // Memory of the host, as large as the largest call has needed.
 class Staging {
@@ -225,8 +227,7 @@ absl::Status StagedCommunicator::Exchange(absl::Span<const SendOp> sends,
   const absl::Status moved = base_.host().Exchange(host_sends, host_recvs, stream);
   if (!moved.ok() && !absl::IsInvalidArgument(moved)) return moved;
   for (size_t i = 0; i < recvs.size() && status.ok(); ++i) {
-    status =
-        base_.memory().Copy(recvs[i].data, host_recvs[i].data, recvs[i].num_bytes, stream);
+    status = base_.memory().Copy(recvs[i].data, host_recvs[i].data, recvs[i].num_bytes, stream);
   }
   if (status.ok()) status = base_.memory().Synchronize(stream);
   return status.ok() ? moved : base_.Fail(std::move(status));
@@ -236,7 +237,8 @@ absl::StatusOr<std::unique_ptr<Window>> StagedCommunicator::CreateWindow(int64_t
   absl::StatusOr<std::unique_ptr<Window>> on_host = base_.host().CreateWindow(num_bytes);
   if (!on_host.ok()) return on_host.status();
   // All ranks fail when one has no memory, and the group goes on.
-  absl::StatusOr<DeviceMemory::Block> data = base_.memory().Allocate(std::max<int64_t>(num_bytes, 1));
+  absl::StatusOr<DeviceMemory::Block> data =
+      base_.memory().Allocate(std::max<int64_t>(num_bytes, 1));
   absl::StatusOr<std::vector<std::string>> all =
       HostAllGather(absl::StrCat(data.ok() ? "" : "-", num_bytes));
   if (!all.ok()) return all.status();

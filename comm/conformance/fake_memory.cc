@@ -24,8 +24,8 @@ class FakeMemory final : public DeviceMemory {
 
   absl::StatusOr<Block> Allocate(int64_t num_bytes) override {
     if (num_bytes > limit_bytes_) {
-      return absl::ResourceExhaustedError(absl::StrCat(
-          "CreateWindow: num_bytes: cannot allocate ", num_bytes, ", ", limit_bytes_, " are free"));
+      return absl::ResourceExhaustedError(absl::StrCat("CreateWindow: num_bytes: cannot allocate ",
+                                                       num_bytes, ", ", limit_bytes_, " are free"));
     }
     const int64_t size = (num_bytes + kAlignment - 1) / kAlignment * kAlignment;
     char* const real = static_cast<char*>(std::aligned_alloc(kAlignment, size));

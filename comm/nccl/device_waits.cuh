@@ -1,4 +1,5 @@
-// What kernels that wait for peers have in common: flags in each other's memory, and waits that end.
+// What kernels that wait for peers have in common: flags in each other's memory, and waits that
+// end.
 #ifndef COMM_NCCL_DEVICE_WAITS_CUH_
 #define COMM_NCCL_DEVICE_WAITS_CUH_
 
@@ -42,7 +43,7 @@ __device__ inline void Report(FaultBoard* board, FaultKind kind, WaitingCall cal
 // Waits until `flag`, in this rank's memory, is at least `target`. False when the wait ended
 // otherwise; then the board says why. `peer` is the one that writes the flag.
 __device__ inline bool Await(const PeerMemory& memory, const int64_t* flag, int64_t target,
-                      WaitingCall call, int peer) {
+                             WaitingCall call, int peer) {
   if (LoadAcquire(flag) >= target) return true;
   FaultBoard* const board = memory.board;
   const uint64_t start = Nanoseconds();

@@ -1,7 +1,7 @@
-// Meeting: every CTA copies its slices of what this rank provides to this rank's staging area, tells
-// the same CTA of every peer, waits for theirs, and copies its slices of what this rank wants from
-// the peers' staging areas. CTAs need nothing of each other, because a piece is cut into the same
-// slices on both sides.
+// Meeting: every CTA copies its slices of what this rank provides to this rank's staging area,
+// tells the same CTA of every peer, waits for theirs, and copies its slices of what this rank wants
+// from the peers' staging areas. CTAs need nothing of each other, because a piece is cut into the
+// same slices on both sides.
 //
 // There are two staging areas. A rank that writes to one in meeting n + 2 has met all others in
 // n + 1, and they came there after they had read what was in it in meeting n.
