@@ -127,6 +127,31 @@ absl::Status CheckGather(const GatherList& list, int64_t record_bytes, const voi
   return absl::OkStatus();
 }
 
+absl::StatusOr<HostGatherList> ReadGatherList(
+    const GatherList& list, int64_t record_bytes, const void* dst,
+    absl::Span<const int64_t> window_bytes,
+    absl::FunctionRef<absl::Status(void* dst, const void* src, int64_t num_bytes)> copy) {
+  HostGatherList read;
+  int32_t count = 0;
+  if (list.count != nullptr) {
+    if (absl::Status s = copy(&count, list.count, sizeof(count)); !s.ok()) return s;
+  }
+  if (count > 0 && count <= list.max_count && list.peers != nullptr && list.offsets != nullptr) {
+    read.peers.resize(count);
+    read.offsets.resize(count);
+    absl::Status status = copy(read.peers.data(), list.peers, count * int64_t{sizeof(int32_t)});
+    if (status.ok()) {
+      status = copy(read.offsets.data(), list.offsets, count * int64_t{sizeof(int64_t)});
+    }
+    if (!status.ok()) return status;
+  }
+  const GatherList on_host = {read.peers.empty() ? nullptr : read.peers.data(),
+                              read.offsets.empty() ? nullptr : read.offsets.data(),
+                              list.count == nullptr ? nullptr : &count, list.max_count};
+  if (absl::Status s = CheckGather(on_host, record_bytes, dst, window_bytes); !s.ok()) return s;
+  return read;
+}
+
 absl::Status CheckWindowBytes(int64_t num_bytes) {
   if (num_bytes >= 0) return absl::OkStatus();
   return Invalid("CreateWindow: num_bytes: ", num_bytes, "; must be >= 0");

@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "comm/communicator.h"
@@ -24,6 +26,19 @@ absl::Status CheckExchange(absl::Span<const SendOp> sends, absl::Span<const Recv
 // in host memory. `window_bytes` holds each rank's window size.
 absl::Status CheckGather(const GatherList& list, int64_t record_bytes, const void* dst,
                          absl::Span<const int64_t> window_bytes);
+
+// A record list on the host.
+struct HostGatherList {
+  std::vector<int32_t> peers;
+  std::vector<int64_t> offsets;
+};
+
+// Fetches a list that lies in other memory, by `copy`, whose bytes are there when it returns, and
+// checks it as CheckGather does.
+absl::StatusOr<HostGatherList> ReadGatherList(
+    const GatherList& list, int64_t record_bytes, const void* dst,
+    absl::Span<const int64_t> window_bytes,
+    absl::FunctionRef<absl::Status(void* dst, const void* src, int64_t num_bytes)> copy);
 
 absl::Status CheckWindowBytes(int64_t num_bytes);
 

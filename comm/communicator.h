@@ -7,15 +7,15 @@
 //
 // Errors. Every wait has the communicator's deadline (`timeout`):
 //   DeadlineExceeded  a peer did not arrive; the message names who waited for whom, in which call;
-//   a
-//                     rank may hear of it from the one that waited first
+//                     a rank may hear of it from the one that waited first
 //   Unavailable       a peer died or a link broke; the message names its rank
 //   InvalidArgument   the arguments break a rule; nothing was sent
 //   Aborted           some rank called Abort; the message carries its rank and reason
 //   FailedPrecondition  ranks are in different calls; the message names both
-// After any of these but InvalidArgument the communicator is broken for good: waiting and later
-// calls on this rank return the same first error at once, and peers learn of it or run into their
-// deadline.
+//   ResourceExhausted   CreateWindow: some rank has no memory; the group goes on
+// After any of these but InvalidArgument and CreateWindow's the communicator is broken for good:
+// waiting and later calls on this rank return the same first error at once, and peers learn of it
+// or run into their deadline.
 #ifndef COMM_COMMUNICATOR_H_
 #define COMM_COMMUNICATOR_H_
 
@@ -53,6 +53,7 @@ struct RecvOp {
 
 // Equal-sized records to read from peers' windows. The arrays lie in the backend's memory (device
 // memory where peers are load/store reachable), so that a kernel can make them without a host wait.
+// They must stay as they are until what Gather has enqueued is done.
 struct GatherList {
   const int32_t* peers;    // [max_count] rank to read from; the own rank is allowed
   const int64_t* offsets;  // [max_count] byte offset in that rank's window
@@ -65,8 +66,9 @@ struct GatherList {
 //   Publish      what this rank wrote may now be read
 //   Gather       waits for the Publish of the ranks it reads, copies their records
 //   Release      this rank reads no more in this epoch
-// Each rank goes through the four in this order (any number of Gathers, also none). A window must
-// be destroyed before its communicator; destruction is local.
+// Each rank goes through the four in this order (any number of Gathers, also none); a call out of
+// order is InvalidArgument. A window must be destroyed before its communicator. Destruction is
+// local and counts as Release, of this epoch and of all that others go on to.
 class Window {
  public:
   virtual ~Window() = default;
@@ -100,7 +102,7 @@ class Communicator {
                                 void* stream) = 0;
 
   // Collective: `num_bytes` of this rank's own memory (allocated here, zeroed) becomes readable by
-  // all. ResourceExhausted names bytes asked.
+  // all. ResourceExhausted, on all ranks when one has too little, names bytes asked.
   virtual absl::StatusOr<std::unique_ptr<Window>> CreateWindow(int64_t num_bytes) = 0;
 
   // Collective on the host, for small control data of any size per rank: element r of the result is

@@ -18,6 +18,8 @@ absl::string_view CallName(CallKind kind) {
       return "Barrier";
     case CallKind::kCreateWindow:
       return "CreateWindow";
+    case CallKind::kWindowRound:
+      return "Gather or Release";
   }
   return "unknown call";
 }

@@ -16,7 +16,14 @@
 
 namespace nsa::comm {
 
-enum class CallKind : uint8_t { kAllGather, kExchange, kHostAllGather, kBarrier, kCreateWindow };
+enum class CallKind : uint8_t {
+  kAllGather,
+  kExchange,
+  kHostAllGather,
+  kBarrier,
+  kCreateWindow,
+  kWindowRound,  // of windows that are read when all ranks are in a Gather or Release
+};
 absl::string_view CallName(CallKind kind);
 
 struct MessageHeader {

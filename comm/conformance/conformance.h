@@ -37,6 +37,15 @@ std::vector<Test> ErrorTests();
 // All of the above.
 std::vector<Test> AllTests();
 
+// Makes communicator `group` of a rank.
+using CreateGroup = std::function<absl::StatusOr<std::unique_ptr<Communicator>>(
+    const std::string& group, int rank, absl::Duration timeout)>;
+
+// Runs `tests` one after the other in one set of processes, for where a process takes seconds to
+// start. Returns all that failed.
+absl::Status RunTestsOnProcesses(const std::vector<Test>& tests, int size,
+                                 const CreateGroup& create);
+
 }  // namespace nsa::comm::conformance
 
 #endif  // COMM_CONFORMANCE_CONFORMANCE_H_

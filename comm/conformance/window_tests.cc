@@ -262,6 +262,30 @@ absl::Status SeveralWindows(const Context& context) {
   return absl::OkStatus();
 }
 
+// A rank that destroys its window without Release does not keep the others from their next epoch.
+absl::Status DestroyedIsReleased(const Context& context) {
+  auto comm = context.create(kTimeout);
+  NSA_COMM_OK(comm.status());
+  constexpr int64_t kWords = 1000;
+  auto window = (*comm)->CreateWindow(kWords * 8);
+  NSA_COMM_OK(window.status());
+  NSA_COMM_OK((*window)->BeginWrite(nullptr));
+  FillWindow(**window, context.rank, 1);
+  NSA_COMM_OK((*window)->Publish(nullptr));
+  if (context.rank == context.size - 1) {
+    window->reset();
+  } else {
+    Records records;
+    records.Add(0, 0);
+    std::vector<uint64_t> got(kWords);
+    NSA_COMM_OK((*window)->Gather(records.list(), kWords * 8, got.data(), nullptr));
+    NSA_COMM_OK(CheckGathered(records, kWords, 1, got));
+    NSA_COMM_OK((*window)->Release(nullptr));
+    NSA_COMM_OK((*window)->BeginWrite(nullptr));
+  }
+  return (*comm)->Barrier();
+}
+
 // A rank that computes and makes no call serves the reads of others all the same.
 absl::Status ReadsNeedNoCallAtTheOwner(const Context& context) {
   auto comm = context.create(kTimeout);
@@ -299,6 +323,7 @@ std::vector<Test> WindowTests() {
       {"CallOrder", 1, CallOrder},
       {"TooLarge", 1, TooLarge},
       {"SeveralWindows", 1, SeveralWindows},
+      {"DestroyedIsReleased", 1, DestroyedIsReleased},
       {"ReadsNeedNoCallAtTheOwner", 2, ReadsNeedNoCallAtTheOwner},
   };
 }

@@ -33,8 +33,8 @@ absl::Status Collectives::Enqueue(WaitingCall call, cudaStream_t stream,
   return status.ok() ? status : health_.Break(std::move(status));
 }
 
-absl::Status Collectives::AllGather(WaitingCall call, void* buffer,
-                                    absl::Span<const GatherRun> runs, cudaStream_t stream) {
+absl::Status Collectives::AllGather(void* buffer, absl::Span<const GatherRun> runs,
+                                    cudaStream_t stream) {
   const std::vector<GatherRun> merged = MergeRuns(runs);
   if (size_ == 1 || merged.empty()) return absl::OkStatus();
   char* const bytes = static_cast<char*>(buffer);
@@ -44,7 +44,7 @@ absl::Status Collectives::AllGather(WaitingCall call, void* buffer,
     by_rank = merged[r].rank == r && merged[r].num_bytes == merged[0].num_bytes &&
               merged[r].offset_bytes == merged[0].offset_bytes + r * merged[0].num_bytes;
   }
-  return Enqueue(call, stream, [&](ncclComm_t comm) {
+  return Enqueue(WaitingCall::kAllGather, stream, [&](ncclComm_t comm) {
     if (by_rank) {
       return ncclAllGather(bytes + merged[rank_].offset_bytes, bytes + merged[0].offset_bytes,
                            merged[0].num_bytes, ncclInt8, comm, stream);
@@ -68,8 +68,8 @@ absl::Status Collectives::AllGather(WaitingCall call, void* buffer,
   });
 }
 
-absl::Status Collectives::Exchange(absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
-                                   cudaStream_t stream) {
+absl::Status Collectives::Exchange(WaitingCall call, absl::Span<const SendOp> sends,
+                                   absl::Span<const RecvOp> recvs, cudaStream_t stream) {
   std::vector<SendOp> own;
   for (const SendOp& send : sends) {
     if (send.peer == rank_) own.push_back(send);
@@ -84,7 +84,7 @@ absl::Status Collectives::Exchange(absl::Span<const SendOp> sends, absl::Span<co
     if (e != cudaSuccess) return health_.Break(CudaStatus(e, "cudaMemcpyAsync"));
   }
   if (size_ == 1) return absl::OkStatus();
-  return Enqueue(WaitingCall::kExchange, stream, [&](ncclComm_t comm) {
+  return Enqueue(call, stream, [&](ncclComm_t comm) {
     ncclResult_t result = ncclGroupStart();
     for (const SendOp& send : sends) {
       if (result != ncclSuccess || send.peer == rank_ || send.num_bytes == 0) continue;

@@ -38,11 +38,10 @@ class Collectives {
   }
   bool meets() const { return meets_; }
 
+  absl::Status AllGather(void* buffer, absl::Span<const GatherRun> runs, cudaStream_t stream);
   // `call` is what errors name.
-  absl::Status AllGather(WaitingCall call, void* buffer, absl::Span<const GatherRun> runs,
-                         cudaStream_t stream);
-  absl::Status Exchange(absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
-                        cudaStream_t stream);
+  absl::Status Exchange(WaitingCall call, absl::Span<const SendOp> sends,
+                        absl::Span<const RecvOp> recvs, cudaStream_t stream);
 
  private:
   // Enqueues what `enqueue` does to NCCL, between the meeting of the ranks and the deadline.

@@ -21,8 +21,6 @@ absl::string_view WaitingCallName(WaitingCall call) {
       return "AllGather";
     case WaitingCall::kExchange:
       return "Exchange";
-    case WaitingCall::kPublish:
-      return "Publish";
     case WaitingCall::kBeginWrite:
       return "BeginWrite";
     case WaitingCall::kGather:
@@ -33,10 +31,10 @@ absl::string_view WaitingCallName(WaitingCall call) {
 
 absl::Status GroupHealth::Start() {
   void* memory = nullptr;
-  NSA_NCCL_CUDA_OK(cudaHostAlloc(&memory, sizeof(FaultBoard), cudaHostAllocMapped));
+  NSA_COMM_CUDA_OK(cudaHostAlloc(&memory, sizeof(FaultBoard), cudaHostAllocMapped));
   board_.reset(new (memory) FaultBoard());
   void* device = nullptr;
-  NSA_NCCL_CUDA_OK(cudaHostGetDevicePointer(&device, memory, 0));
+  NSA_COMM_CUDA_OK(cudaHostGetDevicePointer(&device, memory, 0));
   device_board_ = static_cast<FaultBoard*>(device);
   if (health_.broken()) Store(board_->broken, 1);
   started_.store(true, std::memory_order_release);

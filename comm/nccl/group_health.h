@@ -7,8 +7,8 @@
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "comm/cuda_status.h"
 #include "comm/health.h"
-#include "comm/nccl/cuda_status.h"
 #include "comm/nccl/signals.h"
 
 namespace nsa::comm::nccl {

@@ -15,8 +15,10 @@
 #include "comm/nccl/exchange_check.h"
 #include "comm/nccl/group_health.h"
 #include "comm/nccl/nccl_handle.h"
+#include "comm/nccl/nccl_version.h"
 #include "comm/nccl/nccl_window.h"
 #include "comm/nccl/operation_log.h"
+#include "comm/nccl/packed_window.h"
 #include "comm/nccl/peer_memory.h"
 #include "comm/nccl/signals.h"
 #include "comm/nccl/watchdog.h"
@@ -56,12 +58,17 @@ class Impl final : public Communicator {
 
  private:
   absl::Status Connect();
-  absl::StatusOr<std::vector<std::string>> GatherBlobs(CallKind kind, absl::string_view mine);
+  // `call` is what errors name.
+  absl::StatusOr<std::vector<std::string>> GatherBlobs(CallKind kind, absl::string_view mine,
+                                                       absl::string_view call);
+  absl::StatusOr<std::vector<std::string>> GatherBlobs(CallKind kind, absl::string_view mine) {
+    return GatherBlobs(kind, mine, CallName(kind));
+  }
   // True where all ranks say so.
   absl::StatusOr<bool> AllAgree(CallKind kind, bool mine);
 
   absl::StatusOr<std::unique_ptr<Window>> CreatePeerWindow(std::vector<int64_t> window_bytes);
-  absl::StatusOr<std::unique_ptr<Window>> CreateMirroredWindow(std::vector<int64_t> window_bytes);
+  absl::StatusOr<std::unique_ptr<Window>> CreateOwnWindow(std::vector<int64_t> window_bytes);
   // The first error of the ranks' attempts at `num_bytes`, the same kind on all of them.
   absl::Status AgreeOnMemory(const absl::Status& mine, absl::Span<const int64_t> window_bytes);
   std::string RetiredIds();
@@ -97,7 +104,7 @@ absl::Status Impl::Start() {
   if (options_.device >= 0) {
     device_ = options_.device;
   } else {
-    NSA_NCCL_CUDA_OK(cudaGetDevice(&device_));
+    NSA_COMM_CUDA_OK(cudaGetDevice(&device_));
   }
   if (options_.adopt != nullptr) {
     nccl_ = NcclHandle::Adopt(options_.adopt, rank_, &health_);
@@ -109,11 +116,11 @@ absl::Status Impl::Start() {
 
 absl::Status Impl::Connect() {
   // The device may not exist, and this is the call that says so.
-  NSA_NCCL_CUDA_OK(cudaSetDevice(device_));
+  NSA_COMM_CUDA_OK(cudaSetDevice(device_));
   cudaStream_t stream = nullptr;
-  NSA_NCCL_CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  NSA_COMM_CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   stream_.reset(stream);
-  NSA_NCCL_CUDA_OK(LoadKernels());
+  NSA_COMM_CUDA_OK(LoadKernels());
   if (absl::Status s = health_.Start(); !s.ok()) return s;
   window_context_ = {
       rank_,
@@ -124,13 +131,21 @@ absl::Status Impl::Connect() {
       options_.gather_warps,
       &health_,
       stream_.get(),
-      [this](void* buffer, absl::Span<const GatherRun> runs, cudaStream_t on) {
-        return collectives_->AllGather(WaitingCall::kPublish, buffer, runs, on);
+      [this](int64_t id, std::unique_ptr<PeerBuffer> buffer) { retired_[id] = std::move(buffer); },
+      [this](absl::string_view call, absl::string_view mine) {
+        return GatherBlobs(CallKind::kWindowRound, mine, call);
       },
-      [this](int64_t id, std::unique_ptr<PeerBuffer> buffer) { retired_[id] = std::move(buffer); }};
+      [this](absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs, cudaStream_t on) {
+        return collectives_->Exchange(WaitingCall::kGather, sends, recvs, on);
+      }};
 
-  // All ranks learn who cannot start, and what rank 0 calls the communicators.
+  // All ranks learn who cannot start, what each runs, and what rank 0 calls the communicators.
   WireWriter mine;
+  int version = 0;
+  if (ncclResult_t r = ncclGetVersion(&version); r != ncclSuccess) {
+    return absl::InternalError(absl::StrCat("ncclGetVersion: ", ncclGetErrorString(r)));
+  }
+  mine.PutInt64(version);
   for (int i = 0; i < 2; ++i) {
     absl::StatusOr<std::string> id = std::string();
     if (rank_ == 0 && size_ > 1) id = NcclHandle::NewId();
@@ -140,8 +155,14 @@ absl::Status Impl::Connect() {
   absl::StatusOr<std::vector<std::string>> all =
       bootstrap_->AllGather(mine.bytes(), options_.connect_timeout, "connecting");
   if (!all.ok()) return all.status();
+  std::vector<int> versions;
+  for (const std::string& theirs : *all) {
+    versions.push_back(static_cast<int>(WireReader(theirs).GetInt64()));
+  }
+  if (absl::Status s = CheckNcclVersions(versions); !s.ok()) return s;
   if (size_ > 1) {
     WireReader reader((*all)[0]);
+    (void)reader.GetInt64();
     const std::string collectives_id = reader.GetString();
     const std::string windows_id = reader.GetString();
     if (nccl_ == nullptr) {
@@ -216,13 +237,14 @@ void Impl::OnPeerEvent(const PeerEvent& event) {
 
 // Calls on the host.
 
-absl::StatusOr<std::vector<std::string>> Impl::GatherBlobs(CallKind kind, absl::string_view mine) {
+absl::StatusOr<std::vector<std::string>> Impl::GatherBlobs(CallKind kind, absl::string_view mine,
+                                                           absl::string_view call) {
   if (absl::Status s = health_.Check(); !s.ok()) return s;
   WireWriter writer;
   writer.PutInt64(static_cast<int64_t>(kind));
   writer.PutString(mine);
   absl::StatusOr<std::vector<std::string>> all =
-      bootstrap_->AllGather(writer.bytes(), options_.timeout, CallName(kind));
+      bootstrap_->AllGather(writer.bytes(), options_.timeout, call);
   if (!all.ok()) return health_.Break(all.status());
   for (int peer = 0; peer < size_; ++peer) {
     WireReader reader((*all)[peer]);
@@ -249,8 +271,7 @@ absl::Status Impl::AllGather(void* buffer, absl::Span<const GatherRun> runs, voi
   if (absl::Status s = health_.Check(); !s.ok()) return s;
   if (absl::Status s = CheckAllGather(buffer, runs, size_); !s.ok()) return s;
   const ScopedDevice device(device_);
-  return collectives_->AllGather(WaitingCall::kAllGather, buffer, runs,
-                                 static_cast<cudaStream_t>(stream));
+  return collectives_->AllGather(buffer, runs, static_cast<cudaStream_t>(stream));
 }
 
 absl::Status Impl::Exchange(absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
@@ -259,14 +280,18 @@ absl::Status Impl::Exchange(absl::Span<const SendOp> sends, absl::Span<const Rec
   if (absl::Status s = CheckExchange(sends, recvs, rank_, size_); !s.ok()) return s;
   const ScopedDevice device(device_);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (!options_.check_exchange || size_ == 1) return collectives_->Exchange(sends, recvs, on);
+  if (!options_.check_exchange || size_ == 1) {
+    return collectives_->Exchange(WaitingCall::kExchange, sends, recvs, on);
+  }
 
   absl::StatusOr<std::vector<std::string>> plans =
       GatherBlobs(CallKind::kExchange, EncodePlan(sends, recvs));
   if (!plans.ok()) return plans.status();
   const MatchedExchange matched = MatchExchange(sends, recvs, rank_, *plans);
   // What matches is moved: its other end moves it too.
-  if (absl::Status s = collectives_->Exchange(matched.sends, matched.recvs, on); !s.ok()) return s;
+  absl::Status moved =
+      collectives_->Exchange(WaitingCall::kExchange, matched.sends, matched.recvs, on);
+  if (!moved.ok()) return moved;
   return matched.mismatch;
 }
 
@@ -314,7 +339,7 @@ absl::StatusOr<std::unique_ptr<Window>> Impl::CreateWindow(int64_t num_bytes) {
   }
   if (load_store()) FreeRetired(retired);
   return load_store() ? CreatePeerWindow(std::move(window_bytes))
-                      : CreateMirroredWindow(std::move(window_bytes));
+                      : CreateOwnWindow(std::move(window_bytes));
 }
 
 absl::Status Impl::AgreeOnMemory(const absl::Status& mine, absl::Span<const int64_t> window_bytes) {
@@ -351,20 +376,21 @@ absl::StatusOr<std::unique_ptr<Window>> Impl::CreatePeerWindow(std::vector<int64
   return window;
 }
 
-absl::StatusOr<std::unique_ptr<Window>> Impl::CreateMirroredWindow(
-    std::vector<int64_t> window_bytes) {
-  const int64_t num_bytes = std::max<int64_t>(LayOutMirror(window_bytes).num_bytes, 1);
+absl::StatusOr<std::unique_ptr<Window>> Impl::CreateOwnWindow(std::vector<int64_t> window_bytes) {
+  const int64_t num_bytes = std::max<int64_t>(window_bytes[rank_], 1);
   absl::Status status = CheckDeviceMemoryFor(num_bytes);
-  void* memory = nullptr;
-  if (status.ok()) status = CudaStatus(cudaMalloc(&memory, num_bytes), "cudaMalloc");
-  DevicePtr<char> mirror(static_cast<char*>(memory));
+  void* data = nullptr;
+  if (status.ok()) status = CudaStatus(cudaMalloc(&data, num_bytes), "cudaMalloc");
+  DevicePtr<char> memory(static_cast<char*>(data));
   if (status.ok()) {
-    status = CudaStatus(cudaMemsetAsync(memory, 0, num_bytes, stream_.get()), "cudaMemsetAsync");
+    status = CudaStatus(cudaMemsetAsync(data, 0, num_bytes, stream_.get()), "cudaMemsetAsync");
   }
   if (status.ok()) status = CudaStatus(cudaStreamSynchronize(stream_.get()), "cudaMemsetAsync");
   if (absl::Status s = AgreeOnMemory(status, window_bytes); !s.ok()) return s;
   absl::StatusOr<std::unique_ptr<Window>> window =
-      NcclWindow::CreateMirrored(&window_context_, std::move(window_bytes), std::move(mirror));
+      size_ == 1 ? NcclWindow::CreateAlone(&window_context_, window_bytes[0], std::move(memory))
+                 : PackedWindow::Create(&window_context_, ++num_windows_, std::move(window_bytes),
+                                        std::move(memory));
   if (!window.ok()) return health_.Break(window.status());
   return window;
 }

@@ -1,5 +1,6 @@
 // A communicator over NCCL for device memory, one GPU a rank. Calls enqueue on a stream, a
-// cudaStream_t (null: the default stream), and can be captured into CUDA graphs.
+// cudaStream_t (null: the default stream), and can be captured into CUDA graphs. Collectives on
+// several streams must be ordered by the caller, with events.
 #ifndef COMM_NCCL_NCCL_COMMUNICATOR_H_
 #define COMM_NCCL_NCCL_COMMUNICATOR_H_
 
@@ -25,8 +26,12 @@ struct NcclOptions {
   // AllGather and Exchange. It is taken: nobody else may use or destroy it from then on.
   ncclComm* adopt = nullptr;
 
-  // Let kernels load and store peers' windows where all ranks can reach each other. False, or where
-  // they cannot: Publish copies every rank's window to every rank.
+  // Let kernels load and store peers' memory where all ranks can reach each other and the NCCL that
+  // runs is the version that was compiled against. False, or elsewhere, reads of windows travel in
+  // packs from their owners: a Gather waits for its stream, to read the list, and for all ranks to
+  // come to a Gather or Release of the window; a Release, for all to release it. So these calls
+  // count as collective there, the number of Gathers aside, and cannot be captured into graphs.
+  // A destroyed window is then of no use to the others after the epoch.
   bool use_windows = true;
 
   // The kernel of Gather: CTAs, and reads under way in each, at 8 KiB of shared memory a read.
@@ -34,7 +39,7 @@ struct NcclOptions {
   int gather_warps = 8;
 
   // Compare the sizes of what is sent and received in Exchange on the host first. False: that sizes
-  // are equal is for the caller to see to, and when they are not the deadline tells.
+  // are equal is for the caller to see to, and when they are not the deadline tells, or nothing.
   bool check_exchange = false;
 };
 
@@ -49,7 +54,8 @@ class DeviceWindow : public Window {
 
 class NcclCommunicator {
  public:
-  // Collective. Windows are DeviceWindows.
+  // Collective. Windows are DeviceWindows. FailedPrecondition on all ranks when they run different
+  // versions of NCCL, or one that is too old.
   //
   // What is found later than the call that caused it (a peer that does not come, a rank that dies)
   // ends the kernels in flight; HealthCheck and every later call return it. Where ranks load and

@@ -1,25 +1,12 @@
 #include "comm/nccl/nccl_window.h"
 
 #include <new>
-#include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "comm/nccl/window_kernels.h"
 
 namespace nsa::comm::nccl {
 namespace {
-
-constexpr int64_t kAlignment = 256;
-
-// False when `event` has not happened by then.
-bool AwaitEvent(cudaEvent_t event, absl::Time deadline) {
-  while (cudaEventQuery(event) == cudaErrorNotReady) {
-    if (absl::Now() >= deadline) return false;
-    absl::SleepFor(absl::Microseconds(20));
-  }
-  return true;
-}
 
 absl::Status ListError(const ListFault& fault, absl::Span<const int64_t> window_bytes) {
   const auto invalid = [](const auto&... parts) {
@@ -45,15 +32,6 @@ absl::Status ListError(const ListFault& fault, absl::Span<const int64_t> window_
 
 }  // namespace
 
-MirrorLayout LayOutMirror(absl::Span<const int64_t> window_bytes) {
-  MirrorLayout layout = {{}, 0};
-  for (const int64_t bytes : window_bytes) {
-    layout.begins.push_back(layout.num_bytes);
-    layout.num_bytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-  }
-  return layout;
-}
-
 absl::StatusOr<std::unique_ptr<Window>> NcclWindow::Create(const WindowContext* context, int64_t id,
                                                            std::vector<int64_t> window_bytes,
                                                            std::unique_ptr<PeerBuffer> buffer,
@@ -67,25 +45,18 @@ absl::StatusOr<std::unique_ptr<Window>> NcclWindow::Create(const WindowContext* 
   return window;
 }
 
-absl::StatusOr<std::unique_ptr<Window>> NcclWindow::CreateMirrored(
-    const WindowContext* context, std::vector<int64_t> window_bytes, DevicePtr<char> mirror) {
-  std::unique_ptr<NcclWindow> window(new NcclWindow(context, 0, std::move(window_bytes)));
-  const MirrorLayout layout = LayOutMirror(window->window_bytes_);
-  std::vector<char*> bases;
-  for (int rank = 0; rank < context->size; ++rank) {
-    bases.push_back(mirror.get() + layout.begins[rank]);
-    window->mirror_runs_.push_back({rank, layout.begins[rank], window->window_bytes_[rank]});
-  }
-  window->mirror_ = std::move(mirror);
-  window->data_ = bases[context->rank];
-  absl::StatusOr<DevicePtr<char*>> device_bases = AllocateDevice<char*>(context->size);
-  if (!device_bases.ok()) return device_bases.status();
-  window->mirror_bases_ = *std::move(device_bases);
-  NSA_NCCL_CUDA_OK(cudaMemcpyAsync(window->mirror_bases_.get(), bases.data(),
-                                   bases.size() * sizeof(char*), cudaMemcpyHostToDevice,
-                                   context->stream));
-  NSA_NCCL_CUDA_OK(cudaStreamSynchronize(context->stream));
-  window->memory_.bases = window->mirror_bases_.get();
+absl::StatusOr<std::unique_ptr<Window>> NcclWindow::CreateAlone(const WindowContext* context,
+                                                                int64_t window_bytes,
+                                                                DevicePtr<char> memory) {
+  std::unique_ptr<NcclWindow> window(new NcclWindow(context, 0, {window_bytes}));
+  window->data_ = memory.get();
+  window->own_memory_ = std::move(memory);
+  absl::StatusOr<DevicePtr<char*>> base = AllocateDevice<char*>(1);
+  if (!base.ok()) return base.status();
+  window->own_base_ = *std::move(base);
+  NSA_COMM_CUDA_OK(cudaMemcpyAsync(window->own_base_.get(), &window->data_, sizeof(char*),
+                                   cudaMemcpyHostToDevice, context->stream));
+  window->memory_.bases = window->own_base_.get();
   if (absl::Status s = window->Start(); !s.ok()) return s;
   return window;
 }
@@ -103,39 +74,36 @@ absl::Status NcclWindow::Start() {
   if (!taken.ok()) return taken.status();
   list_fault_taken_ = *std::move(taken);
   void* fault = nullptr;
-  NSA_NCCL_CUDA_OK(cudaHostAlloc(&fault, sizeof(ListFault), cudaHostAllocMapped));
+  NSA_COMM_CUDA_OK(cudaHostAlloc(&fault, sizeof(ListFault), cudaHostAllocMapped));
   list_fault_.reset(new (fault) ListFault());
   void* device_fault = nullptr;
-  NSA_NCCL_CUDA_OK(cudaHostGetDevicePointer(&device_fault, fault, 0));
+  NSA_COMM_CUDA_OK(cudaHostGetDevicePointer(&device_fault, fault, 0));
   device_list_fault_ = static_cast<ListFault*>(device_fault);
   cudaEvent_t event = nullptr;
-  NSA_NCCL_CUDA_OK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  NSA_COMM_CUDA_OK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   last_use_.reset(event);
 
-  NSA_NCCL_CUDA_OK(cudaMemcpyAsync(device_window_bytes_.get(), window_bytes_.data(),
+  NSA_COMM_CUDA_OK(cudaMemcpyAsync(device_window_bytes_.get(), window_bytes_.data(),
                                    window_bytes_.size() * sizeof(int64_t), cudaMemcpyHostToDevice,
                                    context_.stream));
-  NSA_NCCL_CUDA_OK(cudaMemsetAsync(list_fault_taken_.get(), 0, sizeof(uint32_t), context_.stream));
-  NSA_NCCL_CUDA_OK(cudaStreamSynchronize(context_.stream));
+  NSA_COMM_CUDA_OK(cudaMemsetAsync(list_fault_taken_.get(), 0, sizeof(uint32_t), context_.stream));
+  NSA_COMM_CUDA_OK(cudaStreamSynchronize(context_.stream));
   return absl::OkStatus();
 }
 
 NcclWindow::~NcclWindow() {
   const ScopedDevice device(context_.device);
-  // Kernels that wait end by their own limit or because the communicator breaks.
-  const bool idle =
-      !used_ || AwaitEvent(last_use_.get(), absl::Now() + context_.timeout + absl::Seconds(2));
-  if (!idle) {
+  if (used_ && !context_.AwaitIdle(last_use_.get())) {
     // Kernels may still use it all, so it is left to the end of the process.
     (void)buffer_.release();
-    (void)mirror_.release();
-    (void)mirror_bases_.release();
+    (void)own_memory_.release();
+    (void)own_base_.release();
     (void)device_window_bytes_.release();
     (void)list_fault_taken_.release();
     (void)list_fault_.release();
     return;
   }
-  if (mirrored()) return;
+  if (alone()) return;
   // Peers may go on to their next epoch without this rank.
   if (!context_.health->broken() && LaunchRetire(memory_, context_.stream) == cudaSuccess) {
     (void)cudaStreamSynchronize(context_.stream);
@@ -161,7 +129,7 @@ absl::Status NcclWindow::Finish(cudaError_t launched, const char* kernel, cudaSt
 absl::Status NcclWindow::BeginWrite(void* stream) {
   if (absl::Status s = Enter(); !s.ok()) return s;
   if (absl::Status s = order_.BeginWrite(); !s.ok()) return s;
-  if (mirrored()) return absl::OkStatus();
+  if (alone()) return absl::OkStatus();
   const ScopedDevice device(context_.device);
   const auto on = static_cast<cudaStream_t>(stream);
   return Finish(LaunchBeginWrite(memory_, on), "BeginWrite", on);
@@ -170,11 +138,10 @@ absl::Status NcclWindow::BeginWrite(void* stream) {
 absl::Status NcclWindow::Publish(void* stream) {
   if (absl::Status s = Enter(); !s.ok()) return s;
   if (absl::Status s = order_.Publish(); !s.ok()) return s;
+  if (alone()) return absl::OkStatus();
   const ScopedDevice device(context_.device);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (!mirrored()) return Finish(LaunchPublish(memory_, on), "Publish", on);
-  if (absl::Status s = context_.all_gather(mirror_.get(), mirror_runs_, on); !s.ok()) return s;
-  return Finish(cudaSuccess, "Publish", on);
+  return Finish(LaunchPublish(memory_, on), "Publish", on);
 }
 
 absl::Status NcclWindow::Gather(const GatherList& list, int64_t record_bytes, void* dst,
@@ -191,7 +158,7 @@ absl::Status NcclWindow::Gather(const GatherList& list, int64_t record_bytes, vo
   const ScopedDevice device(context_.device);
   const auto on = static_cast<cudaStream_t>(stream);
   const WindowSignals* const signals =
-      mirrored() ? nullptr : reinterpret_cast<const WindowSignals*>(data_ + memory_.signals_offset);
+      alone() ? nullptr : reinterpret_cast<const WindowSignals*>(data_ + memory_.signals_offset);
   const GatherArguments arguments = {list.peers,
                                      list.offsets,
                                      list.count,
@@ -209,7 +176,7 @@ absl::Status NcclWindow::Gather(const GatherList& list, int64_t record_bytes, vo
 absl::Status NcclWindow::Release(void* stream) {
   if (absl::Status s = Enter(); !s.ok()) return s;
   if (absl::Status s = order_.Release(); !s.ok()) return s;
-  if (mirrored()) return absl::OkStatus();
+  if (alone()) return absl::OkStatus();
   const ScopedDevice device(context_.device);
   const auto on = static_cast<cudaStream_t>(stream);
   return Finish(LaunchRelease(memory_, on), "Release", on);
@@ -220,8 +187,8 @@ absl::Status NcclWindow::TakeListError() {
   const absl::Status error = ListError(*list_fault_, window_bytes_);
   __atomic_store_n(&list_fault_->kind, 0, __ATOMIC_RELEASE);
   const ScopedDevice device(context_.device);
-  NSA_NCCL_CUDA_OK(cudaMemsetAsync(list_fault_taken_.get(), 0, sizeof(uint32_t), context_.stream));
-  NSA_NCCL_CUDA_OK(cudaStreamSynchronize(context_.stream));
+  NSA_COMM_CUDA_OK(cudaMemsetAsync(list_fault_taken_.get(), 0, sizeof(uint32_t), context_.stream));
+  NSA_COMM_CUDA_OK(cudaStreamSynchronize(context_.stream));
   return error;
 }
 

@@ -1,48 +1,22 @@
+// A window that kernels of all ranks load and store.
 #ifndef COMM_NCCL_NCCL_WINDOW_H_
 #define COMM_NCCL_NCCL_WINDOW_H_
 
 #include <cstdint>
-#include <functional>
 #include <memory>
-#include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/time/time.h"
-#include "absl/types/span.h"
 #include "comm/checks.h"
-#include "comm/nccl/cuda_status.h"
-#include "comm/nccl/group_health.h"
+#include "comm/cuda_status.h"
 #include "comm/nccl/nccl_communicator.h"
 #include "comm/nccl/peer_memory.h"
 #include "comm/nccl/signals.h"
+#include "comm/nccl/window_context.h"
 
 namespace nsa::comm::nccl {
-
-// What windows need of their communicator.
-struct WindowContext {
-  int rank;
-  int size;
-  int device;
-  absl::Duration timeout;
-  int gather_ctas;
-  int gather_warps;
-  GroupHealth* health;
-  cudaStream_t stream;  // of the host's own work; never waits for a peer
-  // Fills `buffer` as AllGather does, as part of a Publish.
-  std::function<absl::Status(void* buffer, absl::Span<const GatherRun> runs, cudaStream_t stream)>
-      all_gather;
-  // Takes a buffer that this rank uses no more.
-  std::function<void(int64_t id, std::unique_ptr<PeerBuffer> buffer)> retire;
-};
-
-// Where in the group's memory each rank's window lies when every rank holds a copy of all.
-struct MirrorLayout {
-  std::vector<int64_t> begins;  // [size], 256-byte aligned
-  int64_t num_bytes;
-};
-MirrorLayout LayOutMirror(absl::Span<const int64_t> window_bytes);
 
 class NcclWindow final : public DeviceWindow {
  public:
@@ -51,11 +25,10 @@ class NcclWindow final : public DeviceWindow {
                                                         std::vector<int64_t> window_bytes,
                                                         std::unique_ptr<PeerBuffer> buffer,
                                                         int64_t signals_offset);
-  // Every rank holds a copy of all windows, renewed in Publish: no peer waits for another's
-  // Release.
-  static absl::StatusOr<std::unique_ptr<Window>> CreateMirrored(const WindowContext* context,
-                                                                std::vector<int64_t> window_bytes,
-                                                                DevicePtr<char> mirror);
+  // Of a group of one: `memory` is all there is.
+  static absl::StatusOr<std::unique_ptr<Window>> CreateAlone(const WindowContext* context,
+                                                             int64_t window_bytes,
+                                                             DevicePtr<char> memory);
   ~NcclWindow() override;
 
   void* data() override { return data_; }
@@ -76,7 +49,7 @@ class NcclWindow final : public DeviceWindow {
   absl::Status Enter();
   absl::Status Finish(cudaError_t launched, const char* kernel, cudaStream_t stream);
 
-  bool mirrored() const { return buffer_ == nullptr; }
+  bool alone() const { return buffer_ == nullptr; }
 
   const WindowContext& context_;
   const int64_t id_;
@@ -85,10 +58,9 @@ class NcclWindow final : public DeviceWindow {
   char* data_ = nullptr;
   PeerMemory memory_ = {};
 
-  std::unique_ptr<PeerBuffer> buffer_;  // null when mirrored
-  DevicePtr<char> mirror_;
-  std::vector<GatherRun> mirror_runs_;
-  DevicePtr<char*> mirror_bases_;
+  std::unique_ptr<PeerBuffer> buffer_;  // null when alone
+  DevicePtr<char> own_memory_;          // when alone, as is what follows
+  DevicePtr<char*> own_base_;
 
   DevicePtr<int64_t> device_window_bytes_;  // [size]
   DevicePtr<uint32_t> list_fault_taken_;

@@ -14,7 +14,7 @@ absl::StatusOr<Event> OperationLog::TakeEvent() {
     return event;
   }
   cudaEvent_t event = nullptr;
-  NSA_NCCL_CUDA_OK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  NSA_COMM_CUDA_OK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   return Event(event);
 }
 
@@ -25,7 +25,7 @@ absl::Status OperationLog::Begin(WaitingCall call, cudaStream_t stream) {
   if (!begin.ok()) return begin.status();
   absl::StatusOr<Event> end = TakeEvent();
   if (!end.ok()) return end.status();
-  NSA_NCCL_CUDA_OK(cudaEventRecord(begin->get(), stream));
+  NSA_COMM_CUDA_OK(cudaEventRecord(begin->get(), stream));
   Operation& operation = operations_.emplace_back();
   operation.call = call;
   operation.begin = *std::move(begin);
@@ -37,7 +37,7 @@ absl::Status OperationLog::End(cudaStream_t stream) {
   if (IsCapturing(stream)) return absl::OkStatus();
   absl::MutexLock lock(&mu_);
   Operation& operation = operations_.back();
-  NSA_NCCL_CUDA_OK(cudaEventRecord(operation.end.get(), stream));
+  NSA_COMM_CUDA_OK(cudaEventRecord(operation.end.get(), stream));
   operation.ended = true;
   return absl::OkStatus();
 }

@@ -11,7 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "comm/nccl/cuda_status.h"
+#include "comm/cuda_status.h"
 #include "comm/nccl/signals.h"
 
 namespace nsa::comm::nccl {

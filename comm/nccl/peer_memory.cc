@@ -27,7 +27,7 @@ bool IsDeviceMemory(const void* pointer) {
 absl::Status CheckDeviceMemoryFor(int64_t num_bytes) {
   size_t free = 0;
   size_t total = 0;
-  NSA_NCCL_CUDA_OK(cudaMemGetInfo(&free, &total));
+  NSA_COMM_CUDA_OK(cudaMemGetInfo(&free, &total));
   if (num_bytes <= static_cast<int64_t>(free)) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat("CreateWindow: num_bytes: cannot allocate ",
                                                    num_bytes, ", ", free,
@@ -44,8 +44,8 @@ absl::StatusOr<std::unique_ptr<PeerBuffer>> PeerBuffer::Allocate(int64_t num_byt
                                                      ": ncclMemAlloc: ", ncclGetErrorString(r)));
   }
   std::unique_ptr<PeerBuffer> buffer(new PeerBuffer(static_cast<char*>(data), num_bytes));
-  NSA_NCCL_CUDA_OK(cudaMemsetAsync(data, 0, num_bytes, stream));
-  NSA_NCCL_CUDA_OK(cudaStreamSynchronize(stream));
+  NSA_COMM_CUDA_OK(cudaMemsetAsync(data, 0, num_bytes, stream));
+  NSA_COMM_CUDA_OK(cudaStreamSynchronize(stream));
   return buffer;
 }
 
@@ -69,8 +69,8 @@ absl::Status PeerBuffer::Register(NcclHandle& nccl, int rank, int size, absl::Du
   if (!status.ok() || !one_node) return status;
   absl::StatusOr<DevicePtr<char*>> bases = AllocateDevice<char*>(size);
   if (!bases.ok()) return bases.status();
-  NSA_NCCL_CUDA_OK(LaunchLsaPointers(window_, rank, size, data_, bases->get(), stream));
-  NSA_NCCL_CUDA_OK(cudaStreamSynchronize(stream));
+  NSA_COMM_CUDA_OK(LaunchLsaPointers(window_, rank, size, data_, bases->get(), stream));
+  NSA_COMM_CUDA_OK(cudaStreamSynchronize(stream));
   bases_ = *std::move(bases);
   return absl::OkStatus();
 }

@@ -10,7 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "comm/nccl/cuda_status.h"
+#include "comm/cuda_status.h"
 #include "comm/nccl/nccl_handle.h"
 
 namespace nsa::comm::nccl {

@@ -10,7 +10,7 @@ namespace nsa::comm::nccl {
 inline constexpr int kMaxRanks = 128;
 
 // Which call a kernel waits in.
-enum class WaitingCall : uint32_t { kAllGather, kExchange, kPublish, kBeginWrite, kGather };
+enum class WaitingCall : uint32_t { kAllGather, kExchange, kBeginWrite, kGather };
 
 enum class FaultKind : uint32_t { kNone, kTimeout, kPeerLeft };
 

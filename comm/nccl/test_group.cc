@@ -1,32 +1,21 @@
 #include "comm/nccl/test_group.h"
 
 #include <cuda_runtime_api.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
-#include <algorithm>
+#include <utility>
 
 #include "absl/time/time.h"
 #include "comm/bootstrap/tcp_bootstrap.h"
-#include "comm/nccl/cuda_status.h"
+#include "comm/conformance/host_view.h"
+#include "comm/cuda_memory.h"
+#include "comm/cuda_status.h"
 
 namespace nsa::comm::nccl {
-
-int CountGpus() {
-  const pid_t child = fork();
-  if (child == 0) {
-    int count = 0;
-    _exit(cudaGetDeviceCount(&count) == cudaSuccess ? std::min(count, 100) : 0);
-  }
-  int status = 0;
-  if (child < 0 || waitpid(child, &status, 0) != child || !WIFEXITED(status)) return 0;
-  return WEXITSTATUS(status);
-}
 
 absl::StatusOr<std::unique_ptr<Communicator>> CreateOnThisHost(const std::string& group, int rank,
                                                                int size, int port,
                                                                NcclOptions options) {
-  NSA_NCCL_CUDA_OK(cudaSetDevice(rank));
+  NSA_COMM_CUDA_OK(cudaSetDevice(rank));
   TcpBootstrapOptions meeting;
   meeting.rank = rank;
   meeting.world_size = size;
@@ -38,6 +27,14 @@ absl::StatusOr<std::unique_ptr<Communicator>> CreateOnThisHost(const std::string
   if (!bootstrap.ok()) return bootstrap.status();
   options.device = rank;
   return NcclCommunicator::Create(*std::move(bootstrap), options);
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> HostView(std::unique_ptr<Communicator> comm) {
+  auto memory = CreateCudaMemory(comm->rank());
+  if (!memory.ok()) return memory.status();
+  return conformance::MakeHostView(std::move(comm), *std::move(memory), [](Window& window) {
+    return static_cast<DeviceWindow&>(window).TakeListError();
+  });
 }
 
 }  // namespace nsa::comm::nccl

@@ -10,13 +10,10 @@
 
 #include "absl/status/statusor.h"
 #include "comm/communicator.h"
-#include "comm/nccl/cuda_status.h"
+#include "comm/cuda_status.h"
 #include "comm/nccl/nccl_communicator.h"
 
 namespace nsa::comm::nccl {
-
-// GPUs of this host. Asked in a process of its own: CUDA does not survive a fork.
-int CountGpus();
 
 // Collective: the communicator `group` of the processes that meet at `port`. Rank r has GPU r,
 // which becomes current.
@@ -24,12 +21,15 @@ absl::StatusOr<std::unique_ptr<Communicator>> CreateOnThisHost(const std::string
                                                                int size, int port,
                                                                NcclOptions options);
 
+// `comm`, made by CreateOnThisHost for `rank`, for host memory.
+absl::StatusOr<std::unique_ptr<Communicator>> HostView(std::unique_ptr<Communicator> comm);
+
 // A copy of `values` in device memory.
 template <typename T>
 absl::StatusOr<DevicePtr<T>> ToDevice(const std::vector<T>& values) {
   absl::StatusOr<DevicePtr<T>> device = AllocateDevice<T>(values.size());
   if (!device.ok()) return device.status();
-  NSA_NCCL_CUDA_OK(
+  NSA_COMM_CUDA_OK(
       cudaMemcpy(device->get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
   return device;
 }

@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "absl/time/clock.h"
+#include "comm/cuda_status.h"
 #include "comm/errors.h"
 #include "comm/nccl/collectives.h"
-#include "comm/nccl/cuda_status.h"
 
 namespace nsa::comm::nccl {
 namespace {

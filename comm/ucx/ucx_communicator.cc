@@ -6,9 +6,11 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "comm/errors.h"
 #include "comm/host_communicator.h"
+#include "comm/staged_communicator.h"
 #include "comm/ucx/context.h"
 #include "comm/ucx/post_office.h"
 #include "comm/ucx/remote_reads.h"
@@ -201,6 +203,16 @@ absl::Status CheckOptions(const UcxOptions& options) {
   return absl::OkStatus();
 }
 
+// Unless the user has set UCX's log level. Asked by name, as the place of the level in UCX's
+// options differs between its versions.
+void BeQuiet() {
+  char level[16] = "";
+  if (ucs_global_opts_get_value("LOG_LEVEL", level, sizeof(level)) == UCS_OK &&
+      absl::EqualsIgnoreCase(level, "warn")) {
+    ucs_global_opts_set_value("LOG_LEVEL", "fatal");
+  }
+}
+
 }  // namespace
 }  // namespace ucx
 
@@ -213,12 +225,11 @@ absl::StatusOr<std::unique_ptr<Communicator>> UcxCommunicator::Create(
     bootstrap->Leave(s);
     return s;
   }
-  if (options.quiet && ucs_global_opts.log_component.log_level == UCS_LOG_LEVEL_WARN) {
-    ucs_global_opts_set_value("LOG_LEVEL", "fatal");
-  }
+  if (options.quiet) ucx::BeQuiet();
   auto communicator = std::make_unique<ucx::Impl>(std::move(bootstrap), options);
   if (absl::Status s = communicator->Start(); !s.ok()) return s;
-  return communicator;
+  if (options.device_memory == nullptr) return communicator;
+  return StageThroughHost(std::move(communicator), options.device_memory);
 }
 
 }  // namespace nsa::comm

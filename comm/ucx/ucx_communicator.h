@@ -1,5 +1,5 @@
-// A communicator over UCX for ranks in host memory: shared memory and TCP with Debian's UCX, other
-// networks with builds of UCX that have them.
+// A communicator over UCX: shared memory and TCP with Debian's UCX, other networks with builds of
+// UCX that have them. For host memory, or for that of a device.
 #ifndef COMM_UCX_UCX_COMMUNICATOR_H_
 #define COMM_UCX_UCX_COMMUNICATOR_H_
 
@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "comm/bootstrap/bootstrap.h"
 #include "comm/communicator.h"
+#include "comm/device_memory.h"
 
 namespace nsa::comm {
 
@@ -22,6 +23,11 @@ struct UcxOptions {
   // different devices: "eth0,lo".
   std::string tls;
   std::string net_devices;
+
+  // Where buffers, windows and lists lie, such as CreateCudaMemory of comm/cuda_memory.h; null: in
+  // host memory. Bytes go through the host, as comm/staged_communicator.h says: a call waits for
+  // what its stream, one of the device's, holds, and has finished when it returns.
+  std::shared_ptr<DeviceMemory> device_memory;
 
   // Reads of one Gather under way at a time. Over TCP a single one is bound by latency.
   int max_reads_in_flight = 128;

@@ -1,4 +1,5 @@
 // The conformance suite over UCX, each rank a process.
+#include <cstdint>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -7,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "comm/conformance/check.h"
 #include "comm/conformance/conformance.h"
+#include "comm/conformance/fake_memory.h"
 #include "comm/conformance/launch.h"
 #include "comm/ucx/test_group.h"
 #include "comm/ucx/ucx_communicator.h"
@@ -37,9 +39,14 @@ TEST_P(UcxConformance, Passes) {
 }
 
 std::vector<Case> Cases() {
+  std::vector<Transport> transports = Transports();
+  // Of a device that is not there.
+  transports.push_back({"Staged", "sm,tcp,self", [](int /*rank*/) {
+                          return conformance::MakeFakeMemory(int64_t{1} << 30);
+                        }});
   std::vector<Case> cases;
   const auto add = [&](const std::vector<conformance::Test>& tests, std::vector<int> sizes) {
-    for (const Transport& transport : Transports()) {
+    for (const Transport& transport : transports) {
       for (const conformance::Test& test : tests) {
         for (int size : sizes) {
           if (size >= test.min_size) cases.emplace_back(transport, test, size);

@@ -10,7 +10,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "comm/conformance/gpus.h"
 #include "comm/conformance/launch.h"
+#include "comm/cuda_status.h"
 #include "comm/nccl/test_group.h"
 #include "gtest/gtest.h"
 #include "kernels/cuda/cuda_kernels.h"
@@ -107,7 +109,7 @@ absl::Status RunVariant(const Problem& problem, const Variant& variant, int rank
 }
 
 TEST(CudaProcessInvarianceTest, SameBitsAsOneRank) {
-  const int num_gpus = comm::nccl::CountGpus();
+  const int num_gpus = comm::conformance::CountGpus();
   if (num_gpus < 1) GTEST_SKIP() << "this host has no GPU";
   const Problem problem = TestProblem(1);
   const std::vector<Variant> variants = Variants();
@@ -156,14 +158,14 @@ absl::Status CallAndReplay(const std::vector<Problem>& problems, int rank, int s
                                      *std::move(communicator), *std::move(kernels));
   if (!forward.ok()) return forward.status();
   cudaStream_t stream;
-  NSA_NCCL_CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  NSA_COMM_CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const auto run_all = [&](const auto& run, const auto& outputs) -> absl::Status {
     for (size_t i = 0; i < problems.size(); ++i) {
       absl::Status status = (*forward)->Load(problems[i]);
       if (status.ok()) status = (*forward)->Poison();
       if (status.ok()) status = run();
       if (!status.ok()) return status;
-      NSA_NCCL_CUDA_OK(cudaStreamSynchronize(stream));
+      NSA_COMM_CUDA_OK(cudaStreamSynchronize(stream));
       status = (*forward)->CopyTo(outputs[i].get());
       if (!status.ok()) return status;
     }
@@ -172,28 +174,28 @@ absl::Status CallAndReplay(const std::vector<Problem>& problems, int rank, int s
   absl::Status status = run_all([&] { return (*forward)->Run(stream); }, called);
   if (!status.ok()) return status;
 
-  NSA_NCCL_CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  NSA_COMM_CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
   status = (*forward)->Run(stream);
   cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(stream, &graph);
   if (!status.ok()) return status;
-  NSA_NCCL_CUDA_OK(ended);
+  NSA_COMM_CUDA_OK(ended);
   cudaGraphExec_t executable = nullptr;
-  NSA_NCCL_CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
+  NSA_COMM_CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
   status = run_all(
       [&]() -> absl::Status {
-        NSA_NCCL_CUDA_OK(cudaGraphLaunch(executable, stream));
+        NSA_COMM_CUDA_OK(cudaGraphLaunch(executable, stream));
         return absl::OkStatus();
       },
       replayed);
-  NSA_NCCL_CUDA_OK(cudaGraphExecDestroy(executable));
-  NSA_NCCL_CUDA_OK(cudaGraphDestroy(graph));
-  NSA_NCCL_CUDA_OK(cudaStreamDestroy(stream));
+  NSA_COMM_CUDA_OK(cudaGraphExecDestroy(executable));
+  NSA_COMM_CUDA_OK(cudaGraphDestroy(graph));
+  NSA_COMM_CUDA_OK(cudaStreamDestroy(stream));
   return status;
 }
 
 TEST(CudaGraphTest, ReplaysGiveTheBitsOfCalls) {
-  const int num_gpus = comm::nccl::CountGpus();
+  const int num_gpus = comm::conformance::CountGpus();
   if (num_gpus < 1) GTEST_SKIP() << "this host has no GPU";
   const std::vector<Problem> problems = {TestProblem(1), TestProblem(2), TestProblem(3)};
   for (int size : std::set<int>{1, num_gpus}) {

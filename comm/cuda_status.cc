@@ -1,8 +1,8 @@
-#include "comm/nccl/cuda_status.h"
+#include "comm/cuda_status.h"
 
 #include "absl/strings/str_cat.h"
 
-namespace nsa::comm::nccl {
+namespace nsa::comm {
 
 absl::Status CudaStatus(cudaError_t error, absl::string_view expression) {
   if (error == cudaSuccess) return absl::OkStatus();
@@ -13,4 +13,4 @@ absl::Status CudaStatus(cudaError_t error, absl::string_view expression) {
                                          cudaGetErrorString(error)));
 }
 
-}  // namespace nsa::comm::nccl
+}  // namespace nsa::comm

@@ -1,6 +1,6 @@
 // CUDA's and NCCL's errors as absl::Status, and owners of CUDA's handles.
-#ifndef COMM_NCCL_CUDA_STATUS_H_
-#define COMM_NCCL_CUDA_STATUS_H_
+#ifndef COMM_CUDA_STATUS_H_
+#define COMM_CUDA_STATUS_H_
 
 #include <cuda_runtime_api.h>
 
@@ -12,16 +12,16 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 
-namespace nsa::comm::nccl {
+namespace nsa::comm {
 
 // Internal with the expression that failed; ResourceExhausted for memory.
 absl::Status CudaStatus(cudaError_t error, absl::string_view expression);
 
 // Returns from the enclosing function when a CUDA call fails.
-#define NSA_NCCL_CUDA_OK(expression)                                                \
+#define NSA_COMM_CUDA_OK(expression)                                                \
   do {                                                                              \
     if (cudaError_t nsa_cuda_error = (expression); nsa_cuda_error != cudaSuccess) { \
-      return ::nsa::comm::nccl::CudaStatus(nsa_cuda_error, #expression);            \
+      return ::nsa::comm::CudaStatus(nsa_cuda_error, #expression);                  \
     }                                                                               \
   } while (false)
 
@@ -54,7 +54,7 @@ using DevicePtr = std::unique_ptr<T, DeviceFree>;
 template <typename T>
 absl::StatusOr<DevicePtr<T>> AllocateDevice(int64_t count) {
   void* memory = nullptr;
-  NSA_NCCL_CUDA_OK(cudaMalloc(&memory, count * sizeof(T)));
+  NSA_COMM_CUDA_OK(cudaMalloc(&memory, count * sizeof(T)));
   return DevicePtr<T>(static_cast<T*>(memory));
 }
 
@@ -81,6 +81,6 @@ inline bool IsCapturing(cudaStream_t stream) {
          status != cudaStreamCaptureStatusNone;
 }
 
-}  // namespace nsa::comm::nccl
+}  // namespace nsa::comm
 
-#endif  // COMM_NCCL_CUDA_STATUS_H_
+#endif  // COMM_CUDA_STATUS_H_

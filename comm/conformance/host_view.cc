@@ -1,17 +1,11 @@
-#include "comm/nccl/host_view.h"
-
-#include <cuda_runtime_api.h>
+#include "comm/conformance/host_view.h"
 
 #include <algorithm>
-#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "comm/nccl/cuda_status.h"
-#include "comm/nccl/nccl_communicator.h"
-
-namespace nsa::comm::nccl {
+namespace nsa::comm::conformance {
 namespace {
 
 constexpr int64_t kAlignment = 256;
@@ -19,14 +13,16 @@ constexpr int64_t kAlignment = 256;
 // Device memory that grows with the largest call.
 class Staging {
  public:
+  explicit Staging(DeviceMemory& memory) : memory_(memory) {}
+
   // Forgets what was placed, and makes room.
   absl::Status Reset(int64_t num_bytes) {
     used_ = 0;
     if (num_bytes <= capacity_) return absl::OkStatus();
-    memory_ = nullptr;
-    absl::StatusOr<DevicePtr<char>> memory = AllocateDevice<char>(num_bytes);
-    if (!memory.ok()) return memory.status();
-    memory_ = *std::move(memory);
+    block_ = nullptr;
+    absl::StatusOr<DeviceMemory::Block> block = memory_.Allocate(num_bytes);
+    if (!block.ok()) return block.status();
+    block_ = *std::move(block);
     capacity_ = num_bytes;
     return absl::OkStatus();
   }
@@ -36,54 +32,67 @@ class Staging {
   // A copy of `num_bytes` at `host`; null stays null.
   void* Place(const void* host, int64_t num_bytes) {
     if (host == nullptr || num_bytes <= 0) return nullptr;
-    char* const device = memory_.get() + used_;
+    char* const device = block_.get() + used_;
     used_ += Room(num_bytes);
-    return cudaMemcpy(device, host, num_bytes, cudaMemcpyHostToDevice) == cudaSuccess ? device
-                                                                                      : nullptr;
+    return CopyNow(memory_, device, host, num_bytes).ok() ? device : nullptr;
+  }
+
+  static absl::Status CopyNow(DeviceMemory& memory, void* dst, const void* src, int64_t num_bytes) {
+    absl::Status status = memory.Copy(dst, src, num_bytes, nullptr);
+    return status.ok() ? memory.Synchronize(nullptr) : status;
   }
 
  private:
-  DevicePtr<char> memory_;
+  DeviceMemory& memory_;
+  DeviceMemory::Block block_;
   int64_t capacity_ = 0;
   int64_t used_ = 0;
 };
 
-// Waits for the default stream. What went wrong there is the communicator's to say.
-absl::Status Settle(Communicator& inner, const absl::Status& call) {
-  if (!call.ok()) return call;
-  const cudaError_t e = cudaStreamSynchronize(nullptr);
-  if (absl::Status s = inner.HealthCheck(); !s.ok()) return s;
-  return CudaStatus(e, "cudaStreamSynchronize");
-}
+// The communicator and its memory.
+struct Device {
+  std::shared_ptr<DeviceMemory> memory;
+  std::unique_ptr<Communicator> comm;
+  ListErrorOf list_error;
 
-absl::Status CopyBack(void* host, const void* device, int64_t num_bytes) {
-  if (device == nullptr) return absl::OkStatus();
-  return CudaStatus(cudaMemcpy(host, device, num_bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
-}
+  // Waits for the null stream. What went wrong there is the communicator's to say.
+  absl::Status Settle(const absl::Status& call) {
+    if (!call.ok()) return call;
+    const absl::Status settled = memory->Synchronize(nullptr);
+    if (absl::Status s = comm->HealthCheck(); !s.ok()) return s;
+    return settled;
+  }
+  absl::Status CopyBack(void* host, const void* device, int64_t num_bytes) {
+    if (device == nullptr || num_bytes <= 0) return absl::OkStatus();
+    return Staging::CopyNow(*memory, host, device, num_bytes);
+  }
+};
 
 class HostViewWindow final : public Window {
  public:
-  HostViewWindow(Communicator& comm, std::unique_ptr<Window> inner)
-      : comm_(comm),
+  HostViewWindow(Device* device, std::unique_ptr<Window> inner)
+      : device_(*device),
         inner_(std::move(inner)),
         shadow_(inner_->num_bytes() + kAlignment),
         data_(shadow_.data() + kAlignment -
-              reinterpret_cast<uintptr_t>(shadow_.data()) % kAlignment) {}
+              reinterpret_cast<uintptr_t>(shadow_.data()) % kAlignment),
+        staging_(*device->memory) {}
 
   absl::Status Load() {
-    return CopyBack(data_, num_bytes() > 0 ? inner_->data() : nullptr, num_bytes());
+    return device_.CopyBack(data_, num_bytes() > 0 ? inner_->data() : nullptr, num_bytes());
   }
   void* data() override { return data_; }
   int64_t num_bytes() const override { return inner_->num_bytes(); }
 
-  absl::Status BeginWrite(void*) override { return Settle(comm_, inner_->BeginWrite(nullptr)); }
+  absl::Status BeginWrite(void*) override { return device_.Settle(inner_->BeginWrite(nullptr)); }
   absl::Status Publish(void*) override {
-    if (comm_.HealthCheck().ok() && num_bytes() > 0) {
-      NSA_NCCL_CUDA_OK(cudaMemcpy(inner_->data(), data_, num_bytes(), cudaMemcpyHostToDevice));
+    if (device_.comm->HealthCheck().ok() && num_bytes() > 0) {
+      absl::Status status = Staging::CopyNow(*device_.memory, inner_->data(), data_, num_bytes());
+      if (!status.ok()) return status;
     }
-    return Settle(comm_, inner_->Publish(nullptr));
+    return device_.Settle(inner_->Publish(nullptr));
   }
-  absl::Status Release(void*) override { return Settle(comm_, inner_->Release(nullptr)); }
+  absl::Status Release(void*) override { return device_.Settle(inner_->Release(nullptr)); }
 
   absl::Status Gather(const GatherList& list, int64_t record_bytes, void* dst, void*) override {
     const int64_t entries = std::max<int64_t>(list.max_count, 0);
@@ -100,14 +109,14 @@ class HostViewWindow final : public Window {
                                   list.max_count};
     void* const device_dst = staging_.Place(dst, dst_bytes);
     absl::Status status =
-        Settle(comm_, inner_->Gather(on_device, record_bytes, device_dst, nullptr));
-    if (status.ok()) status = static_cast<DeviceWindow&>(*inner_).TakeListError();
+        device_.Settle(inner_->Gather(on_device, record_bytes, device_dst, nullptr));
+    if (status.ok() && device_.list_error) status = device_.list_error(*inner_);
     if (!status.ok()) return status;
-    return CopyBack(dst, device_dst, dst_bytes);
+    return device_.CopyBack(dst, device_dst, dst_bytes);
   }
 
  private:
-  Communicator& comm_;
+  Device& device_;
   const std::unique_ptr<Window> inner_;
   std::vector<char> shadow_;
   char* const data_;
@@ -116,11 +125,11 @@ class HostViewWindow final : public Window {
 
 class HostView final : public Communicator {
  public:
-  explicit HostView(std::unique_ptr<Communicator> inner) : inner_(std::move(inner)) {}
+  explicit HostView(Device device) : device_(std::move(device)), staging_(*device_.memory) {}
 
-  int rank() const override { return inner_->rank(); }
-  int size() const override { return inner_->size(); }
-  absl::Duration timeout() const override { return inner_->timeout(); }
+  int rank() const override { return device_.comm->rank(); }
+  int size() const override { return device_.comm->size(); }
+  absl::Duration timeout() const override { return device_.comm->timeout(); }
 
   absl::Status AllGather(void* buffer, absl::Span<const GatherRun> runs, void*) override {
     int64_t num_bytes = 0;
@@ -130,8 +139,8 @@ class HostView final : public Communicator {
     }
     if (absl::Status s = staging_.Reset(num_bytes); !s.ok()) return s;
     void* const device = staging_.Place(buffer, num_bytes);
-    absl::Status status = Settle(*inner_, inner_->AllGather(device, runs, nullptr));
-    return status.ok() ? CopyBack(buffer, device, num_bytes) : status;
+    absl::Status status = device_.Settle(device_.comm->AllGather(device, runs, nullptr));
+    return status.ok() ? device_.CopyBack(buffer, device, num_bytes) : status;
   }
 
   absl::Status Exchange(absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
@@ -150,13 +159,14 @@ class HostView final : public Communicator {
       device_recvs.push_back(
           {recv.peer, staging_.Place(recv.data, recv.num_bytes), recv.num_bytes});
     }
-    const absl::Status call = inner_->Exchange(device_sends, device_recvs, nullptr);
+    const absl::Status call = device_.comm->Exchange(device_sends, device_recvs, nullptr);
     // Messages that match arrive even when others do not.
-    absl::Status status = Settle(*inner_, absl::OkStatus());
+    absl::Status status = device_.Settle(absl::OkStatus());
     if (!call.ok() && (status.ok() || !absl::IsInvalidArgument(call))) status = call;
     if (!status.ok() && !absl::IsInvalidArgument(status)) return status;
     for (size_t i = 0; i < recvs.size(); ++i) {
-      if (absl::Status s = CopyBack(recvs[i].data, device_recvs[i].data, recvs[i].num_bytes);
+      if (absl::Status s =
+              device_.CopyBack(recvs[i].data, device_recvs[i].data, recvs[i].num_bytes);
           !s.ok()) {
         return s;
       }
@@ -165,29 +175,32 @@ class HostView final : public Communicator {
   }
 
   absl::StatusOr<std::unique_ptr<Window>> CreateWindow(int64_t num_bytes) override {
-    absl::StatusOr<std::unique_ptr<Window>> window = inner_->CreateWindow(num_bytes);
+    absl::StatusOr<std::unique_ptr<Window>> window = device_.comm->CreateWindow(num_bytes);
     if (!window.ok()) return window.status();
-    auto view = std::make_unique<HostViewWindow>(*inner_, *std::move(window));
+    auto view = std::make_unique<HostViewWindow>(&device_, *std::move(window));
     if (absl::Status s = view->Load(); !s.ok()) return s;
     return view;
   }
 
   absl::StatusOr<std::vector<std::string>> HostAllGather(absl::string_view mine) override {
-    return inner_->HostAllGather(mine);
+    return device_.comm->HostAllGather(mine);
   }
-  absl::Status Barrier() override { return inner_->Barrier(); }
-  absl::Status HealthCheck() override { return inner_->HealthCheck(); }
-  void Abort(absl::string_view reason) override { inner_->Abort(reason); }
+  absl::Status Barrier() override { return device_.comm->Barrier(); }
+  absl::Status HealthCheck() override { return device_.comm->HealthCheck(); }
+  void Abort(absl::string_view reason) override { device_.comm->Abort(reason); }
 
  private:
-  const std::unique_ptr<Communicator> inner_;
+  Device device_;
   Staging staging_;
 };
 
 }  // namespace
 
-std::unique_ptr<Communicator> MakeHostView(std::unique_ptr<Communicator> inner) {
-  return std::make_unique<HostView>(std::move(inner));
+std::unique_ptr<Communicator> MakeHostView(std::unique_ptr<Communicator> inner,
+                                           std::shared_ptr<DeviceMemory> memory,
+                                           ListErrorOf list_error) {
+  return std::make_unique<HostView>(
+      Device{std::move(memory), std::move(inner), std::move(list_error)});
 }
 
-}  // namespace nsa::comm::nccl
+}  // namespace nsa::comm::conformance
