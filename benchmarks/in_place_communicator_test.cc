@@ -129,7 +129,7 @@ TEST(InPlaceCommunicatorTest, AForwardGivesTheSameBits) {
         ASSERT_TRUE(status.ok()) << status;
         if (first.empty()) first = o;
         EXPECT_EQ(o, first) << in_place;
-        EXPECT_GT((*engine)->last_stats().records_fetched(), 0);
+        EXPECT_GT((*engine)->LastStats()->records_fetched(), 0);
       }
     });
   }
