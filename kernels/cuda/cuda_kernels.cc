@@ -9,8 +9,8 @@
 #include "absl/memory/memory.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/device_memory.h"
+#include "kernels/cuda/dispatch.h"
 #include "kernels/cuda/record_layout.h"
-#include "kernels/cuda/score_select.h"
 #include "kernels/cuda/status.h"
 #include "kernels/cuda/stream_order.h"
 #include "kernels/cuda/supports.h"
@@ -20,7 +20,9 @@ namespace {
 
 using cuda::CheckAligned;
 
-constexpr int kMajorArchitecture = 9;  // the only one that the kernels are compiled for
+// Major compute capabilities.
+constexpr int kOldest = 8;
+constexpr int kHopper = 9;
 
 cudaStream_t ToStream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
@@ -30,6 +32,14 @@ absl::Status First(std::initializer_list<absl::Status> statuses) {
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
+}
+
+// Launches the kernel that serves `dims` on the device.
+template <class Params>
+absl::Status Enqueue(const cuda::Stage<Params>& stage, const Params& params,
+                     const AttentionDims& dims, const cuda::Device& device, void* stream) {
+  return cuda::ToStatus(stage.Choose(dims, device.path)(params, device, ToStream(stream)),
+                        stage.name);
 }
 
 absl::StatusOr<int> Attribute(cudaDeviceAttr attribute, int device) {
@@ -55,16 +65,19 @@ absl::StatusOr<std::unique_ptr<Kernels>> CudaKernels::Create(const CudaKernelsOp
   }
   const auto major = Attribute(cudaDevAttrComputeCapabilityMajor, device);
   if (!major.ok()) return major.status();
-  if (*major != kMajorArchitecture) {
+  if (*major < kOldest) {
     return absl::InvalidArgumentError(absl::StrCat("device = ", device, ": compute capability ",
-                                                   *major, ".x, the CUDA kernels need ",
-                                                   kMajorArchitecture, ".x"));
+                                                   *major, ".x, the CUDA kernels need ", kOldest,
+                                                   ".0 and up"));
   }
+  const cuda::Path path = *major == kHopper && options.path == CudaPath::kAuto
+                              ? cuda::Path::kHopper
+                              : cuda::Path::kPortable;
   const auto num_sms = Attribute(cudaDevAttrMultiProcessorCount, device);
   if (!num_sms.ok()) return num_sms.status();
   const auto shared_bytes = Attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (!shared_bytes.ok()) return shared_bytes.status();
-  return absl::WrapUnique(new CudaKernels(device, {*num_sms, *shared_bytes}));
+  return absl::WrapUnique(new CudaKernels(device, {*num_sms, *shared_bytes, path}));
 }
 
 absl::Status CudaKernels::Supports(const AttentionDims& dims) const {
@@ -146,7 +159,8 @@ absl::Status CudaKernels::CopyRows(const CopyRowsParams& params, void* stream) {
   const cuda::ScopedDevice scope(device_);
   const absl::Status status = First({scope.status(), CheckAligned("src", params.src)});
   if (!status.ok()) return status;
-  return NSA_CUDA_STATUS(cuda::LaunchCopyRows(params, properties_, ToStream(stream)));
+  return cuda::ToStatus(cuda::kCopyRows.portable(params, properties_, ToStream(stream)),
+                        cuda::kCopyRows.name);
 }
 
 absl::Status CudaKernels::Compress(const CompressParams& params, void* stream) {
@@ -155,11 +169,7 @@ absl::Status CudaKernels::Compress(const CompressParams& params, void* stream) {
       First({scope.status(), CheckAligned("tokens", params.tokens),
              CheckAligned("weights", params.weights), CheckAligned("summaries", params.summaries)});
   if (!status.ok()) return status;
-  const bool has_matrix =
-      params.compressor == Compressor::kLinear || params.compressor == Compressor::kMlp;
-  return has_matrix
-             ? NSA_CUDA_STATUS(cuda::LaunchCompressMatrix(params, properties_, ToStream(stream)))
-             : NSA_CUDA_STATUS(cuda::LaunchCompressSum(params, properties_, ToStream(stream)));
+  return Enqueue(cuda::kCompress, params, params.dims, properties_, stream);
 }
 
 absl::Status CudaKernels::PackBlocks(const PackBlocksParams& params, void* stream) {
@@ -167,7 +177,7 @@ absl::Status CudaKernels::PackBlocks(const PackBlocksParams& params, void* strea
   const absl::Status status =
       First({scope.status(), CheckAligned("k", params.k), CheckAligned("v", params.v)});
   if (!status.ok()) return status;
-  return NSA_CUDA_STATUS(cuda::LaunchPackBlocks(params, ToStream(stream)));
+  return Enqueue(cuda::kPackBlocks, params, params.dims, properties_, stream);
 }
 
 int64_t CudaKernels::ScoreScratchBytes(const AttentionDims& dims, const ScoreLimits& limits) const {
@@ -180,13 +190,13 @@ absl::Status CudaKernels::ScoreAndSelect(const ScoreAndSelectParams& params, voi
       First({scope.status(), CheckAligned("q", params.queries.q), CheckAligned("kc", params.kc),
              CheckAligned("vc", params.vc), CheckAligned("o_cmp", params.o_cmp)});
   if (!status.ok()) return status;
-  return NSA_CUDA_STATUS(cuda::LaunchScoreAndSelect(params, properties_.num_sms, ToStream(stream)));
+  return Enqueue(cuda::kScoreAndSelect, params, params.dims, properties_, stream);
 }
 
 absl::Status CudaKernels::PlanFetch(const PlanFetchParams& params, void* stream) {
   const cuda::ScopedDevice scope(device_);
-  return First({scope.status(),
-                NSA_CUDA_STATUS(cuda::LaunchPlanFetch(params, properties_, ToStream(stream)))});
+  return First(
+      {scope.status(), Enqueue(cuda::kPlanFetch, params, params.dims, properties_, stream)});
 }
 
 absl::Status CudaKernels::AttendSelected(const AttendSelectedParams& params, void* stream) {
@@ -196,10 +206,7 @@ absl::Status CudaKernels::AttendSelected(const AttendSelectedParams& params, voi
              CheckAligned("o_cmp", params.gate.o_cmp), CheckAligned("o_win", params.gate.o_win),
              CheckAligned("o", params.gate.o), CheckAligned("o_slc", params.o_slc)});
   if (!status.ok()) return status;
-  return cuda::HasFastAttendSelected(params.dims) ? NSA_CUDA_STATUS(cuda::LaunchAttendSelectedFast(
-                                                        params, properties_, ToStream(stream)))
-                                                  : NSA_CUDA_STATUS(cuda::LaunchAttendSelectedAny(
-                                                        params, properties_, ToStream(stream)));
+  return Enqueue(cuda::kAttendSelected, params, params.dims, properties_, stream);
 }
 
 absl::Status CudaKernels::AttendWindow(const AttendWindowParams& params, void* stream) {
@@ -210,9 +217,7 @@ absl::Status CudaKernels::AttendWindow(const AttendWindowParams& params, void* s
   if (!status.ok()) return status;
   cuda::Device device = properties_;
   device.num_sms = std::max(1, device.num_sms - params.sms_to_leave);
-  return cuda::HasFastAttendWindow(params.dims)
-             ? NSA_CUDA_STATUS(cuda::LaunchAttendWindowFast(params, device, ToStream(stream)))
-             : NSA_CUDA_STATUS(cuda::LaunchAttendWindowAny(params, ToStream(stream)));
+  return Enqueue(cuda::kAttendWindow, params, params.dims, device, stream);
 }
 
 }  // namespace nsa::kernels

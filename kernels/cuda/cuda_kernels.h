@@ -1,4 +1,7 @@
-// The kernels on one NVIDIA Hopper GPU, for bf16 and f16 activations. `stream` is a cudaStream_t.
+// The kernels on one NVIDIA GPU, for bf16 and f16 activations. `stream` is a cudaStream_t.
+//
+// They are made for Hopper; GPUs of compute capability 8.0 and up run portable ones (dispatch.h),
+// which the driver compiles where they are first used.
 //
 // A call enqueues and does not wait, Allocate and Synchronize apart; it may be captured in a graph.
 // Each result is the same bit for bit whatever the cut of queries into calls and segments, and the
@@ -17,13 +20,19 @@
 
 namespace nsa::kernels {
 
+enum class CudaPath : int8_t {
+  kAuto,      // what is fastest on the GPU
+  kPortable,  // the kernels of all GPUs on Hopper too: machine code of the PTX that others run
+};
+
 struct CudaKernelsOptions {
   int device = 0;  // CUDA's number of the GPU
+  CudaPath path = CudaPath::kAuto;
 };
 
 class CudaKernels : public Kernels {
  public:
-  // InvalidArgument when there is no such GPU, or none that these kernels are built for.
+  // InvalidArgument when there is no such GPU, or it is older than compute capability 8.0.
   static absl::StatusOr<std::unique_ptr<Kernels>> Create(const CudaKernelsOptions& options = {});
 
   absl::Status Supports(const AttentionDims& dims) const override;

@@ -13,10 +13,17 @@
 
 namespace nsa::kernels::cuda {
 
+// Which kernels may be used.
+enum class Path : int8_t {
+  kHopper,    // those of compute capability 9.0 alone, where they serve the dims
+  kPortable,  // those of compute capability 8.0 and up: they serve all dims
+};
+
 // What launches are fitted to.
 struct Device {
   int32_t num_sms;
   int32_t max_shared_bytes;  // of a block
+  Path path;
 };
 
 cudaError_t LaunchCopyRows(const CopyRowsParams& params, const Device& device, cudaStream_t stream);
@@ -27,8 +34,16 @@ cudaError_t LaunchCompressSum(const CompressParams& params, const Device& device
 // linear, mlp
 cudaError_t LaunchCompressMatrix(const CompressParams& params, const Device& device,
                                  cudaStream_t stream);
+inline cudaError_t LaunchCompress(const CompressParams& params, const Device& device,
+                                  cudaStream_t stream) {
+  const bool has_matrix =
+      params.compressor == Compressor::kLinear || params.compressor == Compressor::kMlp;
+  return has_matrix ? LaunchCompressMatrix(params, device, stream)
+                    : LaunchCompressSum(params, device, stream);
+}
 
-cudaError_t LaunchPackBlocks(const PackBlocksParams& params, cudaStream_t stream);
+cudaError_t LaunchPackBlocks(const PackBlocksParams& params, const Device& device,
+                             cudaStream_t stream);
 
 cudaError_t LaunchPlanFetch(const PlanFetchParams& params, const Device& device,
                             cudaStream_t stream);
@@ -46,7 +61,8 @@ bool HasFastAttendWindow(const AttentionDims& dims);
 cudaError_t LaunchAttendWindowFast(const AttendWindowParams& params, const Device& device,
                                    cudaStream_t stream);
 // Any shape.
-cudaError_t LaunchAttendWindowAny(const AttendWindowParams& params, cudaStream_t stream);
+cudaError_t LaunchAttendWindowAny(const AttendWindowParams& params, const Device& device,
+                                  cudaStream_t stream);
 
 }  // namespace nsa::kernels::cuda
 

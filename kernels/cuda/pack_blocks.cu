@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) PackBlocksKernel(PackBlocksParams pa
 
 }  // namespace
 
-cudaError_t LaunchPackBlocks(const PackBlocksParams& params, cudaStream_t stream) {
+cudaError_t LaunchPackBlocks(const PackBlocksParams& params, const Device&, cudaStream_t stream) {
   if (params.num_blocks == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(params.num_blocks), params.dims.num_kv_heads);
   PackBlocksKernel<<<grid, kThreads, 0, stream>>>(params);

@@ -101,11 +101,11 @@ struct Problem {
   std::vector<int64_t> blocks_of_rank;
 };
 
-class PlanFetchTest : public ::testing::Test {
+class PlanFetchTest : public ::testing::TestWithParam<CudaPath> {
  protected:
   void SetUp() override {
     NSA_SKIP_WITHOUT_GPU();
-    auto device = CudaKernels::Create();
+    auto device = CudaKernels::Create({.path = GetParam()});
     ASSERT_TRUE(device.ok()) << device.status();
     gpu_ = std::make_unique<MirroredKernels>(*std::move(device));
     auto host = CpuKernels::Create({.num_threads = 1});
@@ -139,12 +139,15 @@ class PlanFetchTest : public ::testing::Test {
   std::unique_ptr<Kernels> gpu_, cpu_;
 };
 
-TEST_F(PlanFetchTest, PiecesAreTheCpus) {
+INSTANTIATE_TEST_SUITE_P(Paths, PlanFetchTest,
+                         ::testing::Values(CudaPath::kAuto, CudaPath::kPortable), NameOfPath);
+
+TEST_P(PlanFetchTest, PiecesAreTheCpus) {
   const Problem problem(3, 40, 50, 3, 1);
   for (int64_t capacity : {15, 22, 60, 1000}) ExpectTheSame(problem, capacity);
 }
 
-TEST_F(PlanFetchTest, OneRankFetchesNothing) {
+TEST_P(PlanFetchTest, OneRankFetchesNothing) {
   Problem problem(1, 40, 50, 1, 2);
   problem.rank.assign(problem.rank.size(), 1);
   problem.blocks_of_rank = {0, 40};
@@ -152,12 +155,12 @@ TEST_F(PlanFetchTest, OneRankFetchesNothing) {
 }
 
 // More blocks and queries than one CTA has threads, and first queries of more than 8 and 16 bits.
-TEST_F(PlanFetchTest, ManyBlocksAndQueries) {
+TEST_P(PlanFetchTest, ManyBlocksAndQueries) {
   const Problem problem(7, 1999, 13000, 5, 3);
   for (int64_t capacity : {9000, 30000, 100000}) ExpectTheSame(problem, capacity);
 }
 
-TEST_F(PlanFetchTest, CountingPicksIsOptional) {
+TEST_P(PlanFetchTest, CountingPicksIsOptional) {
   const Problem problem(2, 20, 20, 2, 4);
   const Plan plan = problem.Run(*gpu_, 3, 1000, false, problem.dims.all_kv_heads());
   EXPECT_EQ(plan.num_remote_picks, -1);

@@ -7,27 +7,21 @@ namespace {
 
 constexpr size_t kAlignment = 256;
 
-bool IsAligned(const ConstTensor3& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.row_stride % 8 == 0 &&
-         tensor.head_stride % 8 == 0;
-}
-
-bool AreAligned(const ScoreAndSelectParams& params) {
-  const Tensor3& o = params.o_cmp;
-  return IsAligned(params.queries.q) && IsAligned(params.kc) && IsAligned(params.vc) &&
-         IsAligned({o.data, o.row_stride, o.head_stride});
-}
-
-ScoreLimits LimitsOf(const ScoreAndSelectParams& params) {
-  return {params.queries.num_tokens, params.queries.num_segments, params.num_cmp_blocks,
-          params.num_documents};
+// Calls launch(scratch), unless there is nothing to do or no scratch.
+template <class Launch>
+cudaError_t LaunchStages(const ScoreAndSelectParams& params, const Launch& launch) {
+  const Queries& queries = params.queries;
+  if (queries.num_tokens == 0) return cudaSuccess;
+  if (params.scratch == nullptr) return cudaErrorInvalidValue;
+  ScoreSelectScratch scratch = CarveScoreSelect(
+      params.dims,
+      {queries.num_tokens, queries.num_segments, params.num_cmp_blocks, params.num_documents},
+      params.scratch);
+  if (params.lse_cmp != nullptr) scratch.lse = params.lse_cmp;
+  return launch(scratch);
 }
 
 }  // namespace
-
-bool ScoreSelectSupports(const AttentionDims& dims) {
-  return dims.dtype == DType::kBF16 || dims.dtype == DType::kF16;
-}
 
 bool HasFastScoreSelect(const AttentionDims& dims) {
   const int32_t dk = dims.head_dim_qk, dv = dims.head_dim_v;
@@ -35,8 +29,7 @@ bool HasFastScoreSelect(const AttentionDims& dims) {
       (dk == 64 && dv == 64) || (dk == 128 && dv == 128) || (dk == 192 && dv == 128);
   const int32_t num_free =
       dims.num_selected_blocks - dims.num_initial_blocks - dims.num_local_blocks;
-  return ScoreSelectSupports(dims) && has_head_dims && dims.group_size() <= kMaxFastGroup &&
-         num_free <= kMaxFastFree &&
+  return has_head_dims && dims.group_size() <= kMaxFastGroup && num_free <= kMaxFastFree &&
          dims.compress_block_tokens == 2 * dims.compress_stride_tokens &&
          dims.select_block_tokens == 4 * dims.compress_stride_tokens;
 }
@@ -64,22 +57,26 @@ ScoreSelectScratch CarveScoreSelect(const AttentionDims& dims, const ScoreLimits
 }
 
 size_t ScoreSelectScratchBytes(const AttentionDims& dims, const ScoreLimits& limits) {
-  if (!HasFastScoreSelect(dims)) return 0;
   return CarveScoreSelect(dims, limits, nullptr).num_bytes;
 }
 
-cudaError_t LaunchScoreAndSelect(const ScoreAndSelectParams& params, int num_sms,
+cudaError_t LaunchScoreSelectFast(const ScoreAndSelectParams& params, const Device& device,
+                                  cudaStream_t stream) {
+  return LaunchStages(params, [&](const ScoreSelectScratch& scratch) {
+    cudaError_t error = LaunchPrepareScoreSelect(params, scratch, stream);
+    if (error != cudaSuccess) return error;
+    error = LaunchAttendSummaries(params, scratch, device.num_sms, stream);
+    if (error != cudaSuccess) return error;
+    return LaunchRankBlocks(params, scratch, device.num_sms, stream);
+  });
+}
+
+cudaError_t LaunchScoreSelectAny(const ScoreAndSelectParams& params, const Device&,
                                  cudaStream_t stream) {
-  if (!ScoreSelectSupports(params.dims) || !AreAligned(params)) return cudaErrorInvalidValue;
-  if (params.queries.num_tokens == 0) return cudaSuccess;
-  if (!HasFastScoreSelect(params.dims)) return LaunchScoreSelectPlain(params, stream);
-  if (params.scratch == nullptr) return cudaErrorInvalidValue;
-  ScoreSelectScratch carved = CarveScoreSelect(params.dims, LimitsOf(params), params.scratch);
-  if (params.lse_cmp != nullptr) carved.lse = params.lse_cmp;
-  cudaError_t error = LaunchPrepareScoreSelect(params, carved, stream);
-  if (error == cudaSuccess) error = LaunchAttendSummaries(params, carved, num_sms, stream);
-  if (error == cudaSuccess) error = LaunchRankBlocks(params, carved, num_sms, stream);
-  return error;
+  return LaunchStages(params, [&](const ScoreSelectScratch& scratch) {
+    const cudaError_t error = LaunchAttendSummariesAny(params, scratch, stream);
+    return error != cudaSuccess ? error : LaunchRankBlocksAny(params, scratch, stream);
+  });
 }
 
 }  // namespace nsa::kernels::cuda

@@ -1,9 +1,10 @@
 // Compressed attention, importance and top-n on the GPU: Kernels::ScoreAndSelect without absl.
 //
-// Head dims (64,64), (128,128) and (192,128), groups of up to 64 heads, l / d = 2, l' / d = 4 and
-// up to 32 free places run on Hopper's tensor cores (score_select_attend, score_select_rank); all
-// else that semantics allow, in plain arithmetic (score_select_plain). Which one is taken depends
-// on the dims alone, so that no result depends on how queries are grouped, placed or aligned.
+// The kernels for Hopper's tensor cores (score_select_attend, score_select_rank) serve head dims
+// (64,64), (128,128) and (192,128), groups of up to 64 heads, l / d = 2, l' / d = 4 and up to 32
+// free places; score_select_attend_any and score_select_rank_any serve all dims on any GPU.
+// Which one is taken depends on the GPU and the dims alone (dispatch.h), so that no result depends
+// on how queries are grouped, placed or aligned.
 #ifndef KERNELS_CUDA_SCORE_SELECT_H_
 #define KERNELS_CUDA_SCORE_SELECT_H_
 
@@ -12,21 +13,26 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cuda/launch.h"
 #include "kernels/params.h"
 
 namespace nsa::kernels::cuda {
 
-// Whether there is a kernel for `dims`: bf16 and f16, and what Validate(NsaConfig) allows.
-// Rows and heads of q, kc, vc and o_cmp must be aligned to 16 bytes.
-bool ScoreSelectSupports(const AttentionDims& dims);
+// Whether the kernels for Hopper's tensor cores serve `dims`.
+bool HasFastScoreSelect(const AttentionDims& dims);
 
 // Bytes of scratch that a call within `limits` needs; 256-byte aligned memory.
 size_t ScoreSelectScratchBytes(const AttentionDims& dims, const ScoreLimits& limits);
 
-// Enqueues the stage. Allocates nothing and never waits, so it can be captured in a graph. Two
-// calls that may run at the same time need scratch of their own. cudaErrorInvalidValue when there
-// is none and some is needed, or when dims are not supported.
-cudaError_t LaunchScoreAndSelect(const ScoreAndSelectParams& params, int num_sms,
+// Each enqueues the stage, allocates nothing and never waits, so that it can be captured in a
+// graph. Rows and heads of q, kc, vc and o_cmp are aligned to 16 bytes, and dims.dtype is of 16
+// bits. cudaErrorInvalidValue when there is no scratch.
+//
+// For dims that HasFastScoreSelect.
+cudaError_t LaunchScoreSelectFast(const ScoreAndSelectParams& params, const Device& device,
+                                  cudaStream_t stream);
+// For any dims.
+cudaError_t LaunchScoreSelectAny(const ScoreAndSelectParams& params, const Device& device,
                                  cudaStream_t stream);
 
 }  // namespace nsa::kernels::cuda

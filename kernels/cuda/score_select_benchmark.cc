@@ -131,8 +131,9 @@ void Run(int64_t num_tokens, int num_sms, const std::vector<uint16_t>& some_q,
 
   const auto nothing = [] { return cudaSuccess; };
   const auto prepares = [&] { return LaunchPrepareScoreSelect(params, carved, nullptr); };
+  const Device device{num_sms, /*max_shared_bytes=*/0, Path::kHopper};
   const double all = MedianMilliseconds(
-      flush, nothing, [&] { return LaunchScoreAndSelect(params, num_sms, nullptr); });
+      flush, nothing, [&] { return LaunchScoreSelectFast(params, device, nullptr); });
   const double prepare = MedianMilliseconds(flush, nothing, prepares);
   const double attend = MedianMilliseconds(
       flush, prepares, [&] { return LaunchAttendSummaries(params, carved, num_sms, nullptr); });

@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/score_select_stages.h"
+#include "kernels/cuda/score_select_tiles.cuh"
 
 namespace nsa::kernels::cuda {
 namespace {
@@ -49,31 +50,6 @@ __device__ int32_t DimensionOfRow(int32_t row) {
 // Of the 128-byte swizzle: chunk c of row r.
 __device__ int32_t SwizzledOffset(int32_t row, int32_t chunk) {
   return row * 128 + ((chunk ^ (row & 7)) << 4);
-}
-
-struct Tile {
-  int64_t first_row;    // of the summaries
-  int32_t num_present;  // summaries in it; 0: the tile is not used
-};
-
-__device__ Tile FindTile(const PrepareArgs& args, int32_t tile) {
-  int32_t low = 0, high = args.num_documents;  // TileBegin(low) <= tile < TileBegin(high)
-  while (high - low > 1) {
-    const int32_t middle = (low + high) / 2;
-    if (TileBegin(args.documents[middle].cmp_block_begin, middle) <= tile) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  const Document document = args.documents[low];
-  const int64_t first =
-      (tile - TileBegin(document.cmp_block_begin, low)) * static_cast<int64_t>(kTileSummaries);
-  const int64_t present = document.num_cmp_blocks - first;
-  return {document.cmp_block_begin + first,
-          static_cast<int32_t>(present < 0                ? 0
-                               : present < kTileSummaries ? present
-                                                          : kTileSummaries)};
 }
 
 __device__ const uint16_t* RowOf(const PackArgs& args, const Tile& tile, int32_t summary,
@@ -168,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int32_t head = args.first_kv_head + blockIdx.y;
   const int32_t index = (blockIdx.x - 1) / 2;
-  const Tile tile = FindTile(args, index);
+  const Tile tile = FindTile(args.documents, args.num_documents, index);
   if (tile.num_present == 0) return;
   const bool is_values = (blockIdx.x - 1) % 2 != 0;
   const PackArgs& pack = is_values ? args.values : args.keys;

@@ -1,4 +1,5 @@
-// The kernels behind LaunchScoreAndSelect, one launch function each, and the scratch they share.
+// The kernels behind LaunchScoreSelectFast and LaunchScoreSelectAny, one launch function each, and
+// the scratch they share.
 #ifndef KERNELS_CUDA_SCORE_SELECT_STAGES_H_
 #define KERNELS_CUDA_SCORE_SELECT_STAGES_H_
 
@@ -41,9 +42,11 @@ struct ScoreSelectScratch {
   int32_t* next_item;     // [2] of the attending and of the ranking kernel
   int32_t* attend_begin;  // [num_segments + 1] groups of queries before a segment
   int32_t* rank_begin;    // [num_segments + 1]
-  void* keys;             // [Hkv,tiles] tiles [Dk/64][128 summaries][64]
-  void* values;           // [Hkv,tiles] tiles [2][Dv][64 summaries]
-  float* lse;             // [T,Hq] where the caller asks for none
+  // [Hkv,tiles] tiles of 128 summaries. For Hopper, keys are [Dk/64][128][64], values [2][Dv][64];
+  // for any GPU, both as records hold tokens (record_layout.h).
+  void* keys;
+  void* values;
+  float* lse;  // [T,Hq] where the caller asks for none
   int64_t num_tiles;
   size_t num_bytes;
 };
@@ -52,10 +55,7 @@ struct ScoreSelectScratch {
 ScoreSelectScratch CarveScoreSelect(const AttentionDims& dims, const ScoreLimits& limits,
                                     void* base);
 
-// Whether the kernels for tensor cores serve `dims`.
-bool HasFastScoreSelect(const AttentionDims& dims);
-
-// Packs summaries into tiles, counts groups, and resets the counters.
+// For Hopper. Packs summaries into tiles, counts groups, and resets the counters.
 cudaError_t LaunchPrepareScoreSelect(const ScoreAndSelectParams& params,
                                      const ScoreSelectScratch& scratch, cudaStream_t stream);
 // o_cmp and lse.
@@ -66,8 +66,12 @@ cudaError_t LaunchAttendSummaries(const ScoreAndSelectParams& params,
 cudaError_t LaunchRankBlocks(const ScoreAndSelectParams& params, const ScoreSelectScratch& scratch,
                              int num_sms, cudaStream_t stream);
 
-// All of it in plain arithmetic, for any dims; reads nothing but params.
-cudaError_t LaunchScoreSelectPlain(const ScoreAndSelectParams& params, cudaStream_t stream);
+// For any GPU and any dims. Packs summaries into tiles; then o_cmp and lse.
+cudaError_t LaunchAttendSummariesAny(const ScoreAndSelectParams& params,
+                                     const ScoreSelectScratch& scratch, cudaStream_t stream);
+// Block indices, from q, keys and lse.
+cudaError_t LaunchRankBlocksAny(const ScoreAndSelectParams& params,
+                                const ScoreSelectScratch& scratch, cudaStream_t stream);
 
 }  // namespace nsa::kernels::cuda
 

@@ -1,5 +1,7 @@
 // The compressed branch on the GPU against the fp64 reference, the CPU kernels, and itself under
 // other layouts of the same queries.
+#include "kernels/cuda/score_select.h"
+
 #include <cmath>
 #include <cstdint>
 #include <string>
@@ -8,7 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_kernels.h"
-#include "kernels/cuda/score_select_stages.h"
+#include "kernels/cuda/dispatch.h"
 #include "kernels/cuda/score_select_testing.h"
 #include "tests/reference/reference.h"
 #include "tests/testing/compare.h"
@@ -22,7 +24,20 @@ namespace {
 using reference::ReferenceConfig;
 using test::Decode;
 
-class ScoreSelectTest : public ::testing::Test {
+class ScoreSelectTest : public ::testing::TestWithParam<Path> {
+ protected:
+  void SetUp() override {
+    if (GetParam() == Path::kHopper && !HasHopperGpu()) GTEST_SKIP() << "no Hopper GPU";
+    if (!HasGpu()) GTEST_SKIP() << "no GPU";
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Paths, ScoreSelectTest, ::testing::Values(Path::kHopper, Path::kPortable),
+                         [](const auto& info) {
+                           return info.param == Path::kHopper ? "Hopper" : "Portable";
+                         });
+
+class HopperScoreSelectTest : public ::testing::Test {
  protected:
   void SetUp() override {
     if (!HasHopperGpu()) GTEST_SKIP() << "no Hopper GPU";
@@ -211,59 +226,60 @@ void ExpectSame(const ScoreSelectProblem& problem, const ScoreSelectOutputs& exp
 }
 
 // Agreement with reference and CPU in one layout, and the same bits in others.
-void CheckAll(const ReferenceConfig& config, const std::vector<int64_t>& lengths,
+void CheckAll(Path path, const ReferenceConfig& config, const std::vector<int64_t>& lengths,
               const test::InputOptions& options, uint64_t seed) {
   SCOPED_TRACE(absl::StrCat(test::Describe(config), " ", NameOf(options.dtype)));
   const ReferenceProblem made = MakeReferenceProblem(config, lengths, options, seed);
   const ScoreSelectProblem& problem = made.problem;
-  const auto outputs = RunScoreSelect(problem);
+  const auto outputs = RunScoreSelect(problem, {.path = path});
   ASSERT_EQ(outputs.error, cudaSuccess) << cudaGetErrorString(outputs.error);
   ExpectAgreesWithReference(made, outputs);
   ExpectAgreesWithCpu(problem, outputs, 2e-3);
   {
     SCOPED_TRACE("again");
-    ExpectSame(problem, outputs, RunScoreSelect(problem));
+    ExpectSame(problem, outputs, RunScoreSelect(problem, {.path = path}));
   }
   {
     SCOPED_TRACE("one query a segment");
     ExpectSame(problem, outputs,
-               RunScoreSelect(problem, {.segment_tokens = 1, .reverse_rows = true}));
+               RunScoreSelect(problem, {.path = path, .segment_tokens = 1, .reverse_rows = true}));
   }
   {
     SCOPED_TRACE("segments of 37, padded rows, no lse");
-    ExpectSame(
-        problem, outputs,
-        RunScoreSelect(
-            problem,
-            {.segment_tokens = 37, .reverse_rows = true, .row_padding = 24, .want_lse = false}));
+    ExpectSame(problem, outputs,
+               RunScoreSelect(problem, {.path = path,
+                                        .segment_tokens = 37,
+                                        .reverse_rows = true,
+                                        .row_padding = 24,
+                                        .want_lse = false}));
   }
 }
 
 const std::vector<int64_t> kDocuments = {1, 31, 32, 700, 2500, 130, 1100, 47};
 
-TEST_F(ScoreSelectTest, DefaultHeads) {
+TEST_P(ScoreSelectTest, DefaultHeads) {
   const ReferenceConfig config = Config(32, 2, 128, 128);
   ASSERT_TRUE(HasFastScoreSelect(test::MakeDims(config, DType::kBF16)));
-  CheckAll(config, kDocuments, {.dtype = DType::kBF16}, 1);
-  CheckAll(config, {1500, 2600}, {.dtype = DType::kF16}, 2);
+  CheckAll(GetParam(), config, kDocuments, {.dtype = DType::kBF16}, 1);
+  CheckAll(GetParam(), config, {1500, 2600}, {.dtype = DType::kF16}, 2);
 }
 
-TEST_F(ScoreSelectTest, OtherHeadDims) {
-  CheckAll(Config(16, 1, 64, 64), kDocuments, {.dtype = DType::kBF16}, 3);
-  CheckAll(Config(16, 1, 192, 128), kDocuments, {.dtype = DType::kBF16}, 4);
-  CheckAll(Config(16, 1, 64, 64), {3000}, {.dtype = DType::kF16}, 5);
-  CheckAll(Config(16, 1, 192, 128), {3000}, {.dtype = DType::kF16}, 6);
+TEST_P(ScoreSelectTest, OtherHeadDims) {
+  CheckAll(GetParam(), Config(16, 1, 64, 64), kDocuments, {.dtype = DType::kBF16}, 3);
+  CheckAll(GetParam(), Config(16, 1, 192, 128), kDocuments, {.dtype = DType::kBF16}, 4);
+  CheckAll(GetParam(), Config(16, 1, 64, 64), {3000}, {.dtype = DType::kF16}, 5);
+  CheckAll(GetParam(), Config(16, 1, 192, 128), {3000}, {.dtype = DType::kF16}, 6);
 }
 
-TEST_F(ScoreSelectTest, GroupSizes) {
+TEST_P(ScoreSelectTest, GroupSizes) {
   for (const int64_t group : {1, 3, 4, 8, 12, 20, 32, 48, 64}) {
     const ReferenceConfig config = Config(2 * group, 2, 128, 128);
     ASSERT_TRUE(HasFastScoreSelect(test::MakeDims(config, DType::kBF16)));
-    CheckAll(config, {300, 1700}, {.dtype = DType::kBF16}, 10 + group);
+    CheckAll(GetParam(), config, {300, 1700}, {.dtype = DType::kBF16}, 10 + group);
   }
 }
 
-TEST_F(ScoreSelectTest, NumbersOfBlocks) {
+TEST_P(ScoreSelectTest, NumbersOfBlocks) {
   ReferenceConfig config = Config(16, 1, 64, 64);
   for (const auto& [selected, initial, local] :
        {std::array{3, 1, 2}, std::array{4, 1, 2}, std::array{5, 0, 1}, std::array{34, 0, 2}}) {
@@ -271,15 +287,17 @@ TEST_F(ScoreSelectTest, NumbersOfBlocks) {
     config.num_initial_blocks = initial;
     config.num_local_blocks = local;
     ASSERT_TRUE(HasFastScoreSelect(test::MakeDims(config, DType::kBF16)));
-    CheckAll(config, {900, 3300}, {.dtype = DType::kBF16}, 30 + selected);
+    CheckAll(GetParam(), config, {900, 3300}, {.dtype = DType::kBF16}, 30 + selected);
   }
 }
 
-TEST_F(ScoreSelectTest, ExtremeLogits) {
-  CheckAll(Config(16, 1, 128, 128), {2500}, {.dtype = DType::kBF16, .logit_scale = 30.0}, 40);
+TEST_P(ScoreSelectTest, ExtremeLogits) {
+  CheckAll(GetParam(), Config(16, 1, 128, 128), {2500},
+           {.dtype = DType::kBF16, .logit_scale = 30.0}, 40);
 }
 
-TEST_F(ScoreSelectTest, PlainKernel) {
+// What no Hopper kernel serves.
+TEST_P(ScoreSelectTest, OtherShapes) {
   struct Case {
     int64_t q_heads, kv_heads, dk, dv, l, d, block, selected;
   };
@@ -292,28 +310,51 @@ TEST_F(ScoreSelectTest, PlainKernel) {
     config.select_block_tokens = c.block;
     config.num_selected_blocks = c.selected;
     ASSERT_FALSE(HasFastScoreSelect(test::MakeDims(config, DType::kBF16)));
-    CheckAll(config, {1, 40, 1500, 333}, {.dtype = DType::kBF16}, 50 + c.l + c.dk);
+    CheckAll(GetParam(), config, {1, 40, 1500, 333}, {.dtype = DType::kBF16}, 50 + c.l + c.dk);
+  }
+}
+
+// Lists and blocks as long as they may be: what shared memory is divided for.
+TEST_P(ScoreSelectTest, LongListsAndBlocks) {
+  struct Case {
+    int64_t q_heads, l, d, block, selected, num_tokens;
+  };
+  for (const Case& c : {Case{4, 16, 16, 16, 4096, 70000}, Case{4, 16, 16, 16, 900, 20000},
+                        Case{40, 4096, 16, 4096, 4, 40000}, Case{4, 4096, 32, 16 * 32, 7, 40000}}) {
+    ReferenceConfig config = Config(c.q_heads, 1, 256, 64);
+    config.compress_block_tokens = c.l;
+    config.compress_stride_tokens = c.d;
+    config.select_block_tokens = c.block;
+    config.num_selected_blocks = c.selected;
+    SCOPED_TRACE(test::Describe(config));
+    const ScoreSelectProblem problem =
+        MakeLongProblem(config, DType::kBF16, c.num_tokens, 100, 70 + c.selected);
+    const auto outputs = RunScoreSelect(problem, {.path = GetParam()});
+    ASSERT_EQ(outputs.error, cudaSuccess) << cudaGetErrorString(outputs.error);
+    ExpectAgreesWithCpu(problem, outputs, 0.05);
+    ExpectSame(problem, outputs,
+               RunScoreSelect(problem, {.path = GetParam(), .segment_tokens = 3}));
   }
 }
 
 // Blocks whose summaries are equal score the same, and ties go to the lower index.
-TEST_F(ScoreSelectTest, Ties) {
+TEST_P(ScoreSelectTest, Ties) {
   ScoreSelectProblem problem =
       MakeLongProblem(Config(16, 1, 128, 128), DType::kBF16, 12000, 12000, 60);
   const int64_t row_bytes = 128 * 2, period = 4 * 37;  // 37 different blocks, over and over
   for (int64_t i = period; i < problem.num_cmp_blocks; ++i) {
     std::copy_n(&problem.kc[(i % period) * row_bytes], row_bytes, &problem.kc[i * row_bytes]);
   }
-  const auto outputs = RunScoreSelect(problem);
+  const auto outputs = RunScoreSelect(problem, {.path = GetParam()});
   ASSERT_EQ(outputs.error, cudaSuccess);
   ExpectAgreesWithCpu(problem, outputs, 0.0);
 }
 
-TEST_F(ScoreSelectTest, AllTheSame) {
+TEST_P(ScoreSelectTest, AllTheSame) {
   ScoreSelectProblem problem =
       MakeLongProblem(Config(16, 1, 128, 128), DType::kBF16, 9000, 9000, 61);
   std::fill(problem.kc.begin(), problem.kc.end(), std::byte{0});
-  const auto outputs = RunScoreSelect(problem);
+  const auto outputs = RunScoreSelect(problem, {.path = GetParam()});
   ASSERT_EQ(outputs.error, cudaSuccess);
   // Block 0 has one summary less that reaches into it, but is forced.
   const int64_t n = problem.dims.num_selected_blocks;
@@ -328,7 +369,7 @@ TEST_F(ScoreSelectTest, AllTheSame) {
 }
 
 // Many tiles, and scores that rise or fall with the position.
-TEST_F(ScoreSelectTest, LongDocuments) {
+TEST_F(HopperScoreSelectTest, LongDocuments) {
   for (const auto& [dk, num_tokens] :
        {std::pair{64, 100000}, std::pair{128, 200000}, std::pair{192, 50000}}) {
     const ScoreSelectProblem random =
@@ -349,13 +390,13 @@ TEST_F(ScoreSelectTest, LongDocuments) {
       }
       const auto outputs = RunScoreSelect(problem);
       ASSERT_EQ(outputs.error, cudaSuccess);
-      const auto plain = RunScoreSelect(problem, {.plain = true});
-      ASSERT_EQ(plain.error, cudaSuccess);
-      EXPECT_TRUE(test::Close("o_cmp", Decode(DType::kBF16, plain.o),
+      const auto portable = RunScoreSelect(problem, {.path = Path::kPortable});
+      ASSERT_EQ(portable.error, cudaSuccess);
+      EXPECT_TRUE(test::Close("o_cmp", Decode(DType::kBF16, portable.o),
                               Decode(DType::kBF16, outputs.o), problem.dims.head_dim_v, 4e-3));
       EXPECT_TRUE(
-          test::CloseElements("lse", ToDouble(plain.lse), ToDouble(outputs.lse), 4e-6, 4e-6));
-      ExpectFewFlips(problem.dims, plain.block_indices, outputs.block_indices, 1e-2);
+          test::CloseElements("lse", ToDouble(portable.lse), ToDouble(outputs.lse), 4e-6, 4e-6));
+      ExpectFewFlips(problem.dims, portable.block_indices, outputs.block_indices, 1e-2);
       ExpectSame(problem, outputs,
                  RunScoreSelect(problem, {.segment_tokens = 5, .reverse_rows = true}));
     }
@@ -363,17 +404,18 @@ TEST_F(ScoreSelectTest, LongDocuments) {
 }
 
 // A race would show as bits that move.
-TEST_F(ScoreSelectTest, SameBitsAgainAndAgain) {
+TEST_P(ScoreSelectTest, SameBitsAgainAndAgain) {
   const ScoreSelectProblem problem =
       MakeLongProblem(Config(32, 2, 128, 128), DType::kBF16, 40000, 8000, 64);
-  const auto outputs = RunScoreSelect(problem);
+  const auto outputs = RunScoreSelect(problem, {.path = GetParam()});
   ASSERT_EQ(outputs.error, cudaSuccess);
   for (int64_t i = 0; i < 10; ++i) {
-    ExpectSame(problem, outputs, RunScoreSelect(problem, {.segment_tokens = 8000 - 700 * i}));
+    ExpectSame(problem, outputs,
+               RunScoreSelect(problem, {.path = GetParam(), .segment_tokens = 8000 - 700 * i}));
   }
 }
 
-TEST_F(ScoreSelectTest, RefusesNoScratch) {
+TEST_P(ScoreSelectTest, RefusesNoScratch) {
   const ScoreSelectProblem problem =
       MakeLongProblem(Config(16, 1, 128, 128), DType::kBF16, 64, 64, 63);
   ScoreAndSelectParams params{};
@@ -382,7 +424,8 @@ TEST_F(ScoreSelectTest, RefusesNoScratch) {
   params.queries.kv_heads = params.dims.all_kv_heads();
   params.num_cmp_blocks = problem.num_cmp_blocks;
   params.num_documents = 1;
-  EXPECT_EQ(LaunchScoreAndSelect(params, 1, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(kScoreAndSelect.Choose(params.dims, GetParam())(params, {1, 0, GetParam()}, nullptr),
+            cudaErrorInvalidValue);
 }
 
 }  // namespace

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels/cuda/score_select_stages.h"
+#include "kernels/cuda/dispatch.h"
+#include "kernels/cuda/score_select.h"
 
 namespace nsa::kernels::cuda {
 namespace {
@@ -139,8 +140,8 @@ ScoreSelectOutputs RunScoreSelect(const ScoreSelectProblem& problem,
   cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0);
 
   ScoreSelectOutputs outputs;
-  outputs.error = layout.plain ? LaunchScoreSelectPlain(params, nullptr)
-                               : LaunchScoreAndSelect(params, num_sms, nullptr);
+  const auto launch = kScoreAndSelect.Choose(dims, layout.path);
+  outputs.error = launch(params, {num_sms, /*max_shared_bytes=*/0, layout.path}, nullptr);
   if (outputs.error == cudaSuccess) outputs.error = cudaDeviceSynchronize();
   if (outputs.error != cudaSuccess) return outputs;
   outputs.o = Gather<std::byte>(device_o.ToHost(), o.row_bytes, o.stride * 2, place);
@@ -151,11 +152,19 @@ ScoreSelectOutputs RunScoreSelect(const ScoreSelectProblem& problem,
   return outputs;
 }
 
-bool HasHopperGpu() {
+namespace {
+
+// 0: there is no GPU.
+int MajorComputeCapability() {
   int count = 0, major = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return false;
-  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess &&
-         major == 9;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  return major;
 }
+
+}  // namespace
+
+bool HasHopperGpu() { return MajorComputeCapability() == 9; }
+bool HasGpu() { return MajorComputeCapability() >= 8; }
 
 }  // namespace nsa::kernels::cuda

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/cuda/score_select.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/params.h"
 
 namespace nsa::kernels::cuda {
@@ -51,13 +51,13 @@ struct ScoreSelectProblem {
   std::vector<Segment> Segments(int64_t max_tokens) const;
 };
 
-// None of it may show in results.
+// None of it may show in results, `path` apart.
 struct ScoreSelectLayout {
+  Path path = Path::kHopper;
   int64_t segment_tokens = int64_t{1} << 40;  // at most, of a segment
   bool reverse_rows = false;  // the segments' rows lie in the tensors last segment first
   int64_t row_padding = 0;    // elements between rows beyond what a dense tensor has
   bool want_lse = true;
-  bool plain = false;  // by the plain kernel, whatever the dims; this does show
 };
 
 // In global order, dense; poisoned before the run.
@@ -72,6 +72,7 @@ ScoreSelectOutputs RunScoreSelect(const ScoreSelectProblem& problem,
                                   const ScoreSelectLayout& layout = {});
 
 bool HasHopperGpu();
+bool HasGpu();  // of compute capability 8.0 and up
 
 }  // namespace nsa::kernels::cuda
 

@@ -9,6 +9,7 @@
 
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/score_select_stages.h"
+#include "kernels/cuda/score_select_tiles.cuh"
 
 namespace nsa::kernels::cuda {
 
@@ -33,13 +34,6 @@ struct Work {
   int32_t num_tiles;
   int32_t num_full_tiles;  // that the first query, and so every one, sees whole
 };
-
-// Compression blocks that the token at `position` of its document sees.
-__device__ __forceinline__ int32_t NumVisible(const AttentionDims& dims, uint32_t position) {
-  const uint32_t length = dims.compress_block_tokens;
-  if (position + 1 < length) return 0;
-  return static_cast<int32_t>((position + 1 - length) / dims.compress_stride_tokens + 1);
-}
 
 // The next item but for its tiles. Later queries first: they see more, and what is short fills the
 // gaps at the end. One kv head after another, so that its tiles stay in the L2. All lanes of a

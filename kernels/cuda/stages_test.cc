@@ -25,11 +25,11 @@ using reference::CompressorKind;
 using reference::ReferenceConfig;
 using test::Decode;
 
-class StagesTest : public ::testing::Test {
+class StagesTest : public ::testing::TestWithParam<CudaPath> {
  protected:
   void SetUp() override {
     NSA_SKIP_WITHOUT_GPU();
-    auto kernels = CudaKernels::Create();
+    auto kernels = CudaKernels::Create({.path = GetParam()});
     ASSERT_TRUE(kernels.ok()) << kernels.status();
     kernels_ = std::make_unique<MirroredKernels>(*std::move(kernels));
   }
@@ -115,9 +115,12 @@ ReferenceConfig SmallConfig() {
   return config;
 }
 
+INSTANTIATE_TEST_SUITE_P(Paths, StagesTest, ::testing::Values(CudaPath::kAuto, CudaPath::kPortable),
+                         NameOfPath);
+
 constexpr DType kDTypes[] = {DType::kBF16, DType::kF16};
 
-TEST_F(StagesTest, StorageTypes) {
+TEST_P(StagesTest, StorageTypes) {
   for (DType dtype : kDTypes) {
     for (DType gate_dtype : {DType::kF32, dtype}) {
       SCOPED_TRACE(NameOf(dtype));
@@ -127,7 +130,7 @@ TEST_F(StagesTest, StorageTypes) {
   }
 }
 
-TEST_F(StagesTest, GroupSizes) {
+TEST_P(StagesTest, GroupSizes) {
   for (int64_t group_size : {1, 3, 5, 16, 24, 48, 64, 130}) {
     ReferenceConfig config = SmallConfig();
     config.num_kv_heads = group_size > 16 ? 1 : 2;
@@ -136,7 +139,7 @@ TEST_F(StagesTest, GroupSizes) {
   }
 }
 
-TEST_F(StagesTest, HeadDims) {
+TEST_P(StagesTest, HeadDims) {
   for (int64_t dk : {64, 128, 192, 256}) {
     for (int64_t dv : {64, 128, 192, 256}) {
       ReferenceConfig config = SmallConfig();
@@ -149,7 +152,7 @@ TEST_F(StagesTest, HeadDims) {
   }
 }
 
-TEST_F(StagesTest, BlockSizes) {
+TEST_P(StagesTest, BlockSizes) {
   struct Blocks {
     int64_t l, d, slc;
   };
@@ -165,7 +168,7 @@ TEST_F(StagesTest, BlockSizes) {
   }
 }
 
-TEST_F(StagesTest, DocumentsOfAnyLength) {
+TEST_P(StagesTest, DocumentsOfAnyLength) {
   for (DType dtype : kDTypes) {
     ExpectAgreement(MakeStageProblem(SmallConfig(),
                                      {0, 1, 2, 33, 65, 97, 98, 161, 225, 290, 802, 818, 833},
@@ -174,7 +177,7 @@ TEST_F(StagesTest, DocumentsOfAnyLength) {
   }
 }
 
-TEST_F(StagesTest, WindowSizes) {
+TEST_P(StagesTest, WindowSizes) {
   for (int64_t window : {1, 2, 63, 64, 65, 129, 5000}) {
     ReferenceConfig config = SmallConfig();
     config.window_tokens = window;
@@ -182,7 +185,7 @@ TEST_F(StagesTest, WindowSizes) {
   }
 }
 
-TEST_F(StagesTest, NumbersOfBlocks) {
+TEST_P(StagesTest, NumbersOfBlocks) {
   struct Numbers {
     int64_t n, initial, local;
   };
@@ -196,7 +199,7 @@ TEST_F(StagesTest, NumbersOfBlocks) {
   }
 }
 
-TEST_F(StagesTest, Compressors) {
+TEST_P(StagesTest, Compressors) {
   for (CompressorKind kind : {CompressorKind::kMean, CompressorKind::kWeighted,
                               CompressorKind::kLinear, CompressorKind::kMlp}) {
     for (bool per_head : {false, true}) {
@@ -222,7 +225,7 @@ TEST_F(StagesTest, Compressors) {
 }
 
 // Logits of several hundred: exp of anything but the largest is nothing, and nothing overflows.
-TEST_F(StagesTest, ExtremeLogits) {
+TEST_P(StagesTest, ExtremeLogits) {
   for (double scale : {1e-30, 100.0, 1000.0}) {
     ReferenceConfig config = SmallConfig();
     for (int64_t dim : {64, 256}) {
@@ -241,7 +244,7 @@ TEST_F(StagesTest, ExtremeLogits) {
   }
 }
 
-TEST_F(StagesTest, QueriesWithoutSummaries) {
+TEST_P(StagesTest, QueriesWithoutSummaries) {
   const StageOutputs out =
       Run(MakeStageProblem(SmallConfig(), {0, 31, 100}, {.dtype = DType::kBF16}, 13));
   const std::vector<double> o_cmp = Decode(DType::kBF16, out.o_cmp);
@@ -260,7 +263,7 @@ TEST_F(StagesTest, QueriesWithoutSummaries) {
 }
 
 // More tiles than a GPU has places for, so that a CTA works on several.
-TEST_F(StagesTest, LongSequences) {
+TEST_P(StagesTest, LongSequences) {
   for (auto [dk, dv] : {std::pair<int64_t, int64_t>{64, 64}, {128, 128}, {192, 128}, {128, 64}}) {
     ReferenceConfig config = SmallConfig();
     config.num_q_heads = 16;
@@ -272,7 +275,7 @@ TEST_F(StagesTest, LongSequences) {
   }
 }
 
-TEST_F(StagesTest, RandomConfigurations) {
+TEST_P(StagesTest, RandomConfigurations) {
   test::Random random(15);
   for (int i = 0; i < 40; ++i) {
     SCOPED_TRACE(i);
@@ -290,7 +293,7 @@ TEST_F(StagesTest, RandomConfigurations) {
 }
 
 // Nothing of the layout shows in a single bit.
-TEST_F(StagesTest, LayoutsGiveTheSameBits) {
+TEST_P(StagesTest, LayoutsGiveTheSameBits) {
   struct Shape {
     int64_t q_heads, kv_heads, dk, dv, l, slc, window;
     CompressorKind compressor;
@@ -339,7 +342,7 @@ TEST_F(StagesTest, LayoutsGiveTheSameBits) {
   }
 }
 
-TEST_F(StagesTest, GateMayWriteOverTheCompressedBranch) {
+TEST_P(StagesTest, GateMayWriteOverTheCompressedBranch) {
   const StageProblem problem =
       MakeStageProblem(SmallConfig(), {0, 500}, {.dtype = DType::kBF16}, 23);
   EXPECT_EQ(Run(problem).o, Run(problem, {.gate_in_place = true}).o);

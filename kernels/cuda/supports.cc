@@ -9,6 +9,9 @@ namespace nsa::kernels::cuda {
 namespace {
 
 constexpr int64_t kAlignmentElements = kAlignmentBytes / 2;
+// What the shared memory of every GPU has room for (score_select_rank_any.cu).
+constexpr int32_t kMaxStrides = 256;  // of a block
+constexpr int32_t kMaxSelectedBlocks = 4096;
 
 absl::Status Require(bool holds, absl::string_view field, double value, absl::string_view rule) {
   if (holds) return absl::OkStatus();
@@ -20,6 +23,11 @@ bool IsHeadDim(int32_t dim) { return dim == 64 || dim == 128 || dim == 192 || di
 
 bool IsMultiple(int32_t tokens, int32_t part) {
   return tokens > 0 && part > 0 && tokens % part == 0;
+}
+
+// A compression or select block.
+bool IsBlock(int32_t tokens, int32_t stride) {
+  return IsMultiple(tokens, stride) && tokens / stride <= kMaxStrides;
 }
 
 absl::Status CheckPointer(absl::string_view name, absl::string_view field, const void* pointer) {
@@ -46,16 +54,17 @@ absl::Status SupportsDims(const AttentionDims& d) {
       Require(IsHeadDim(d.head_dim_v), "head_dim_v", d.head_dim_v, kHeadDims),
       Require(IsMultiple(d.compress_stride_tokens, 16), "compress_stride_tokens",
               d.compress_stride_tokens, "positive multiples of 16"),
-      Require(IsMultiple(d.compress_block_tokens, d.compress_stride_tokens),
-              "compress_block_tokens", d.compress_block_tokens,
-              "positive multiples of compress_stride_tokens"),
-      Require(IsMultiple(d.select_block_tokens, d.compress_stride_tokens), "select_block_tokens",
-              d.select_block_tokens, "positive multiples of compress_stride_tokens"),
+      Require(IsBlock(d.compress_block_tokens, d.compress_stride_tokens), "compress_block_tokens",
+              d.compress_block_tokens, "1 to 256 times compress_stride_tokens"),
+      Require(IsBlock(d.select_block_tokens, d.compress_stride_tokens), "select_block_tokens",
+              d.select_block_tokens, "1 to 256 times compress_stride_tokens"),
       Require(d.num_initial_blocks >= 0, "num_initial_blocks", d.num_initial_blocks, "0 and more"),
       Require(d.num_local_blocks >= 1, "num_local_blocks", d.num_local_blocks, "1 and more"),
       Require(d.num_selected_blocks - d.num_local_blocks >= d.num_initial_blocks,
               "num_selected_blocks", d.num_selected_blocks,
               "num_initial_blocks + num_local_blocks and more"),
+      Require(d.num_selected_blocks <= kMaxSelectedBlocks, "num_selected_blocks",
+              d.num_selected_blocks, "4096 and fewer"),
       Require(d.window_tokens >= 1, "window_tokens", d.window_tokens, "1 and more"),
       Require(std::isfinite(d.softmax_scale) && d.softmax_scale > 0, "softmax_scale",
               d.softmax_scale, "finite and positive values"),

@@ -43,10 +43,16 @@ TEST(SupportsTest, NamesTheFieldAndWhatWouldDo) {
       {"head_dim_v = 512", [](AttentionDims& d) { d.head_dim_v = 512; }},
       {"compress_stride_tokens = 8", [](AttentionDims& d) { d.compress_stride_tokens = 8; }},
       {"compress_block_tokens = 40", [](AttentionDims& d) { d.compress_block_tokens = 40; }},
+      {"compress_block_tokens = 4112: the CUDA kernels support 1 to 256 times",
+       [](AttentionDims& d) { d.compress_block_tokens = 4112; }},
+      {"select_block_tokens = 4112: the CUDA kernels support 1 to 256 times",
+       [](AttentionDims& d) { d.select_block_tokens = 4112; }},
       {"select_block_tokens = 0", [](AttentionDims& d) { d.select_block_tokens = 0; }},
       {"num_initial_blocks = -1", [](AttentionDims& d) { d.num_initial_blocks = -1; }},
       {"num_local_blocks = 0", [](AttentionDims& d) { d.num_local_blocks = 0; }},
       {"num_selected_blocks = 2", [](AttentionDims& d) { d.num_selected_blocks = 2; }},
+      {"num_selected_blocks = 4097: the CUDA kernels support 4096 and fewer",
+       [](AttentionDims& d) { d.num_selected_blocks = 4097; }},
       {"window_tokens = 0", [](AttentionDims& d) { d.window_tokens = 0; }},
       {"softmax_scale = 0", [](AttentionDims& d) { d.softmax_scale = 0.0f; }},
       {"softmax_scale = inf",
@@ -58,6 +64,24 @@ TEST(SupportsTest, NamesTheFieldAndWhatWouldDo) {
     const absl::Status status = SupportsDims(dims);
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << message;
     EXPECT_THAT(status.message(), HasSubstr(message));
+  }
+}
+
+TEST(SupportsTest, TakesWhatPortableKernelsServe) {
+  for (int32_t strides : {1, 2, 5, 256}) {
+    for (int32_t dim : {64, 128, 192, 256}) {
+      for (int32_t n : {3, 4096}) {
+        AttentionDims dims = GoodDims();
+        dims.head_dim_qk = dim;
+        dims.head_dim_v = 320 - dim;
+        if (dim == 256) dims.head_dim_v = 256;
+        dims.num_q_heads = 67 * dims.num_kv_heads;
+        dims.compress_block_tokens = strides * dims.compress_stride_tokens;
+        dims.select_block_tokens = strides * dims.compress_stride_tokens;
+        dims.num_selected_blocks = n;
+        EXPECT_EQ(SupportsDims(dims), absl::OkStatus());
+      }
+    }
   }
 }
 

@@ -130,12 +130,13 @@ class WarpAttention {
   __device__ void Attend(const Q& q, uint32_t k, uint32_t v, int width,
                          const VisibleKeys& visible) {
     const int lane = threadIdx.x % 32;
+    constexpr int kKeys = kWidth != 0 ? kWidth : kTileKeys;  // at most
     const int num_keys = kWidth != 0 ? kWidth : width;
 
     // s = q k^T
-    float s[kTileKeys / 8][4];
+    float s[kKeys / 8][4];
 #pragma unroll
-    for (int j = 0; j < kTileKeys / 8; ++j) {
+    for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[j][e] = 0.0f;
     }
@@ -145,7 +146,7 @@ class WarpAttention {
       uint4 a[2];
       q.Get(group, a);
 #pragma unroll
-      for (int j = 0; j < kTileKeys / 8; ++j) {
+      for (int j = 0; j < kKeys / 8; ++j) {
         if (kWidth == 0 && j * 8 >= num_keys) break;
         uint32_t b[4];
         LoadMatrices(b, k_lane + (j * q.num_groups() + group) * 512);
@@ -156,7 +157,7 @@ class WarpAttention {
 
     if constexpr (kMasked || kWidth == 0) {
 #pragma unroll
-      for (int j = 0; j < kTileKeys / 8; ++j) {
+      for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int key = j * 8 + lane % 4 * 2 + e % 2;
@@ -175,7 +176,7 @@ class WarpAttention {
     for (int r = 0; r < 2; ++r) {
       float row_max = max_[r];
 #pragma unroll
-      for (int j = 0; j < kTileKeys / 8; ++j) {
+      for (int j = 0; j < kKeys / 8; ++j) {
         row_max = fmaxf(row_max, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
       }
       row_max = fmaxf(row_max, __shfl_xor_sync(kFullWarp, row_max, 1));
@@ -195,9 +196,9 @@ class WarpAttention {
       sum_[0] *= factor[0];
       sum_[1] *= factor[1];
     }
-    uint32_t p[kTileKeys / 8][2];
+    uint32_t p[kKeys / 8][2];
 #pragma unroll
-    for (int j = 0; j < kTileKeys / 8; ++j) {
+    for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float p0 = Exp2(fmaf(s[j][2 * r], scale_log2_, -max_log2[r]));
@@ -211,7 +212,7 @@ class WarpAttention {
     constexpr int kGroups = kDv / 32;
     const uint32_t v_lane = v + lane / 8 % 2 * (kGroups * 512) + lane / 16 * 128 + lane % 8 * 16;
 #pragma unroll
-    for (int i = 0; i < kTileKeys / 16; ++i) {
+    for (int i = 0; i < kKeys / 16; ++i) {
       if (kWidth == 0 && i * 16 >= num_keys) break;
 #pragma unroll
       for (int m = 0; m < kDv / 8; m += 2) {

@@ -1,6 +1,7 @@
-// Rows of the window's tiles. A row is a (query, head) pair of one kv head: row q * G + h of the kv
-// head is head h of its group and row q of the queries. A tile is a fixed number of rows, whatever
-// G is. It is worked on in runs, each of queries of one segment: as a rule, a single one.
+// Rows of tiles of the window and of the summaries. A row is a (query, head) pair of one kv head:
+// row q * G + h of the kv head is head h of its group and row q of the queries. A tile is a fixed
+// number of rows, whatever G is. It is worked on in runs, each of queries of one segment: as a
+// rule, a single one.
 #ifndef KERNELS_CUDA_WINDOW_ROWS_CUH_
 #define KERNELS_CUDA_WINDOW_ROWS_CUH_
 
@@ -10,9 +11,9 @@
 
 namespace nsa::kernels::cuda {
 
-// Tiles of the kv heads of a call, one kv head after another.
-template <int kTileRows>
-__host__ __device__ inline int64_t NumWindowTiles(const AttendWindowParams& params) {
+// Tiles of the kv heads of a call, one kv head after another. `Params` has dims and queries.
+template <int kTileRows, class Params>
+__host__ __device__ inline int64_t NumWindowTiles(const Params& params) {
   const int32_t group_size = params.dims.num_q_heads / params.dims.num_kv_heads;
   const int64_t num_rows = params.queries.num_tokens * group_size;
   return (num_rows + kTileRows - 1) / kTileRows * params.queries.kv_heads.size();
@@ -46,9 +47,8 @@ struct WindowRun {
 };
 
 // Calls visit(run) for each run of tile `index`. All lanes of a warp.
-template <int kTileRows, class Visit>
-__device__ inline void ForEachRun(const AttendWindowParams& params, int64_t index,
-                                  const Visit& visit) {
+template <int kTileRows, class Params, class Visit>
+__device__ inline void ForEachRun(const Params& params, int64_t index, const Visit& visit) {
   const AttentionDims& dims = params.dims;
   const int64_t num_row_tiles = NumWindowTiles<kTileRows>(params) / params.queries.kv_heads.size();
   WindowRun run;

@@ -1,4 +1,4 @@
-"""cuda_library: .cu files compiled by nvcc for Hopper, as a library that C++ targets depend on."""
+"""cuda_library: .cu files compiled by nvcc, as a library that C++ targets depend on."""
 
 load("@bazel_tools//tools/cpp:toolchain_utils.bzl", "find_cpp_toolchain")
 load("@local_cuda//:toolkit.bzl", "NVCC", "NVCC_VERSION")
@@ -9,12 +9,19 @@ REQUIRES_CUDA = select({
     "//conditions:default": ["@nsa//tools/bazel:cuda_toolkit"],
 })
 
+# For cuda_library's archs: what nvcc's -gencode takes.
+#
+# Hopper's own instructions exist for sm_90a alone. What does without them is translated once, to the
+# PTX of compute_80, and from there to machine code for Hopper, so that nothing is left to the driver
+# where speed is measured; on any other GPU from sm_80 on, the driver translates the same PTX.
+HOPPER = ["arch=compute_90a,code=sm_90a"]
+PORTABLE = ["arch=compute_80,code=[sm_90,compute_80]"]
+
 _NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
     "--expt-relaxed-constexpr",  # constexpr functions of plain headers on the device
     "-lineinfo",  # for ncu and compute-sanitizer; costs no speed
-    "-gencode=arch=compute_90a,code=sm_90a",
     "-Werror=all-warnings",
     # NCCL's device headers have unused parameters, and nvcc does not take them for system headers.
     "-Xcompiler=-fPIC,-Wall,-Wextra,-Wno-unused-parameter,-ffp-contract=off",
@@ -43,6 +50,7 @@ def _cuda_library_impl(ctx):
         obj = ctx.actions.declare_file("_objs/%s/%s.pic.o" % (ctx.label.name, src.basename))
         args = ctx.actions.args()
         args.add_all(_NVCC_FLAGS)
+        args.add_all(ctx.attr.archs, format_each = "-gencode=%s")
         args.add(cc_toolchain.compiler_executable, format = "-ccbin=%s")
         args.add_all(seen.defines, format_each = "-D%s")
         args.add_all(seen.quote_includes, format_each = "-I%s", uniquify = True)
@@ -85,6 +93,7 @@ _cuda_library = rule(
         "srcs": attr.label_list(allow_files = [".cu", ".cuh", ".h"]),
         "hdrs": attr.label_list(allow_files = [".cuh", ".h"]),
         "deps": attr.label_list(providers = [CcInfo]),
+        "archs": attr.string_list(mandatory = True),
         "copts": attr.string_list(),
         "_cc_toolchain": attr.label(default = "@bazel_tools//tools/cpp:current_cc_toolchain"),
     },
@@ -92,7 +101,7 @@ _cuda_library = rule(
     toolchains = ["@bazel_tools//tools/cpp:toolchain_type"],
 )
 
-def cuda_library(name, srcs, hdrs = [], deps = [], copts = [], **kwargs):
+def cuda_library(name, srcs, hdrs = [], deps = [], archs = HOPPER, copts = [], **kwargs):
     """Compiles `srcs` for the GPU.
 
     Args:
@@ -100,6 +109,7 @@ def cuda_library(name, srcs, hdrs = [], deps = [], copts = [], **kwargs):
       srcs: .cu files, and headers that only they include.
       hdrs: headers for those who depend on this.
       deps: C++ and CUDA libraries. The CUDA runtime, linked statically, is always one.
+      archs: HOPPER or PORTABLE.
       copts: further flags for nvcc, e.g. ["-Xptxas=-v", "--maxrregcount=128"].
       **kwargs: visibility, tags, testonly.
     """
@@ -108,6 +118,7 @@ def cuda_library(name, srcs, hdrs = [], deps = [], copts = [], **kwargs):
         srcs = srcs,
         hdrs = hdrs,
         deps = deps + ["@local_cuda//:cudart"],
+        archs = archs,
         copts = copts,
         target_compatible_with = REQUIRES_CUDA,
         **kwargs

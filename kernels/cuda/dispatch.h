@@ -1,0 +1,44 @@
+// The table of kernels: what serves a stage.
+//
+// On Hopper, a stage's Hopper kernel serves the dims that it is made for; a portable kernel serves
+// all dims that SupportsDims (supports.h) allows, on any GPU from compute capability 8.0 on. Where
+// there is no Hopper kernel, the portable one is as fast as its stage needs.
+#ifndef KERNELS_CUDA_DISPATCH_H_
+#define KERNELS_CUDA_DISPATCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/score_select.h"
+#include "kernels/params.h"
+
+namespace nsa::kernels::cuda {
+
+template <class Params>
+struct Stage {
+  using Launch = cudaError_t (*)(const Params& params, const Device& device, cudaStream_t stream);
+
+  const char* name;
+  Launch portable;
+  Launch hopper = nullptr;  // null: there is none
+  bool (*hopper_serves)(const AttentionDims& dims) = nullptr;
+
+  constexpr Launch Choose(const AttentionDims& dims, Path path) const {
+    return path == Path::kHopper && hopper != nullptr && hopper_serves(dims) ? hopper : portable;
+  }
+};
+
+inline constexpr Stage<CopyRowsParams> kCopyRows = {"CopyRows", LaunchCopyRows};
+inline constexpr Stage<CompressParams> kCompress = {"Compress", LaunchCompress};
+inline constexpr Stage<PackBlocksParams> kPackBlocks = {"PackBlocks", LaunchPackBlocks};
+inline constexpr Stage<ScoreAndSelectParams> kScoreAndSelect = {
+    "ScoreAndSelect", LaunchScoreSelectAny, LaunchScoreSelectFast, HasFastScoreSelect};
+inline constexpr Stage<PlanFetchParams> kPlanFetch = {"PlanFetch", LaunchPlanFetch};
+inline constexpr Stage<AttendSelectedParams> kAttendSelected = {
+    "AttendSelected", LaunchAttendSelectedAny, LaunchAttendSelectedFast, HasFastAttendSelected};
+inline constexpr Stage<AttendWindowParams> kAttendWindow = {
+    "AttendWindow", LaunchAttendWindowAny, LaunchAttendWindowFast, HasFastAttendWindow};
+
+}  // namespace nsa::kernels::cuda
+
+#endif  // KERNELS_CUDA_DISPATCH_H_
