@@ -5,8 +5,7 @@ namespace nsa::kernels::cuda {
 
 bool HasFastAttendSelected(const AttentionDims& dims) {
   const int32_t dk = dims.head_dim_qk, dv = dims.head_dim_v;
-  return dims.select_block_tokens == kTileKeys &&
-         ((dk == 64 && dv == 64) || (dk == 128 && dv == 128) || (dk == 192 && dv == 128));
+  return (dk == 64 && dv == 64) || (dk == 128 && dv == 128) || (dk == 192 && dv == 128);
 }
 
 namespace {
@@ -16,7 +15,9 @@ cudaError_t LaunchShape(const AttendSelectedParams& params, const Device& device
                         cudaStream_t stream) {
   const SelectedGeometry geometry = MakeSelectedGeometry(params, device, /*q_in_registers=*/true);
   if (geometry.num_tiles == 0) return cudaSuccess;
-  const auto kernel = AttendSelectedKernel<T, kDk, kDv, kTileKeys>;
+  const auto kernel = params.dims.select_block_tokens == kTileKeys
+                          ? AttendSelectedKernel<T, kDk, kDv, kTileKeys>
+                          : AttendSelectedKernel<T, kDk, kDv, 0>;
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, geometry.shared_bytes);
   if (error != cudaSuccess) return error;

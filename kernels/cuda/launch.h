@@ -48,7 +48,7 @@ cudaError_t LaunchPackBlocks(const PackBlocksParams& params, const Device& devic
 cudaError_t LaunchPlanFetch(const PlanFetchParams& params, const Device& device,
                             cudaStream_t stream);
 
-// The shapes that performance is about: l' = 64, (Dk, Dv) of (64,64), (128,128), (192,128).
+// The shapes that performance is about: (Dk, Dv) of (64,64), (128,128), (192,128).
 bool HasFastAttendSelected(const AttentionDims& dims);
 cudaError_t LaunchAttendSelectedFast(const AttendSelectedParams& params, const Device& device,
                                      cudaStream_t stream);
