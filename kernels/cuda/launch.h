@@ -52,7 +52,7 @@ cudaError_t LaunchPlanFetch(const PlanFetchParams& params, const Device& device,
 bool HasFastAttendSelected(const AttentionDims& dims);
 cudaError_t LaunchAttendSelectedFast(const AttendSelectedParams& params, const Device& device,
                                      cudaStream_t stream);
-// Any shape.
+// Any shape, any GPU.
 cudaError_t LaunchAttendSelectedAny(const AttendSelectedParams& params, const Device& device,
                                     cudaStream_t stream);
 
@@ -60,7 +60,7 @@ cudaError_t LaunchAttendSelectedAny(const AttendSelectedParams& params, const De
 bool HasFastAttendWindow(const AttentionDims& dims);
 cudaError_t LaunchAttendWindowFast(const AttendWindowParams& params, const Device& device,
                                    cudaStream_t stream);
-// Any shape.
+// Any shape, any GPU.
 cudaError_t LaunchAttendWindowAny(const AttendWindowParams& params, const Device& device,
                                   cudaStream_t stream);
 
