@@ -11,9 +11,9 @@ REQUIRES_CUDA = select({
 
 # For cuda_library's archs: what nvcc's -gencode takes.
 #
-# Hopper's own instructions exist for sm_90a alone. What does without them is translated once, to the
-# PTX of compute_80, and from there to machine code for Hopper, so that nothing is left to the driver
-# where speed is measured; on any other GPU from sm_80 on, the driver translates the same PTX.
+# Hopper's own instructions exist for sm_90a alone. What does without them is translated once, to
+# the PTX of compute_80, and from there to machine code for Hopper, so that nothing is left to the
+# driver where speed is measured; on any other GPU from sm_80 on, the driver translates that PTX.
 HOPPER = ["arch=compute_90a,code=sm_90a"]
 PORTABLE = ["arch=compute_80,code=[sm_90,compute_80]"]
 
@@ -64,7 +64,9 @@ def _cuda_library_impl(ctx):
             inputs = depset(ctx.files.srcs, transitive = [seen.headers]),
             outputs = [obj],
             # NVCC_VERSION is here for the action's key: a new toolkit does not hit an old cache.
-            env = {"PATH": "/usr/bin:/bin", "NVCC_VERSION": NVCC_VERSION},
+            # nvcc names temporary files by its process number, which is small and the same in every
+            # sandbox: they go to the action's own folder, where those of another build are not.
+            env = {"PATH": "/usr/bin:/bin", "NVCC_VERSION": NVCC_VERSION, "TMPDIR": "."},
             mnemonic = "CudaCompile",
             progress_message = "Compiling %s" % src.short_path,
         )
