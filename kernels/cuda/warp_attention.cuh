@@ -155,13 +155,17 @@ class WarpAttention {
     }
 
     if constexpr (kMasked || kWidth == 0) {
+      const int first_key = lane % 4 * 2;  // of this lane: what is left to compare are constants
 #pragma unroll
       for (int j = 0; j < kTileKeys / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int key = j * 8 + lane % 4 * 2 + e % 2;
-          bool hidden = kWidth == 0 && key >= num_keys;
-          if (kMasked) hidden |= key < visible.begin[e / 2] || key >= visible.end[e / 2];
+          const int key = j * 8 + e % 2;
+          bool hidden = kWidth == 0 && key >= num_keys - first_key;
+          if (kMasked) {
+            hidden |= key < visible.begin[e / 2] - first_key;
+            hidden |= key >= visible.end[e / 2] - first_key;
+          }
           if (hidden) s[j][e] = -INFINITY;
         }
       }
