@@ -129,7 +129,7 @@ class WarpAttention {
   template <int kWidth, bool kMasked, class Q>
   __device__ void Attend(const Q& q, uint32_t k, uint32_t v, int width,
                          const VisibleKeys& visible) {
-    const int lane = threadIdx.x % 32;
+    const int lane = LaneNow();
     const int num_keys = kWidth != 0 ? kWidth : width;
 
     // s = q k^T
