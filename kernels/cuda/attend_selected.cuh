@@ -354,7 +354,8 @@ struct WarpRows {
         (tile.part * geometry.warps_per_query + warp % geometry.warps_per_query) * kTileRows;
     row = tile.first_row + query;
     first_head = tile.kv_head * group_size + first;
-    const bool exists = query < geometry.queries_per_tile && row < params.query_end;
+    const bool exists = tile_index < geometry.num_tiles && query < geometry.queries_per_tile &&
+                        row < params.query_end;
     num_heads = exists ? max(0, min(kTileRows, group_size - first)) : 0;
   }
 };
@@ -449,9 +450,9 @@ __device__ inline void ConsumeSelected(const AttendSelectedParams& params,
   WarpAttention<T, kDv> attention(dims.softmax_scale * 1.4426950408889634f);
   RingPlace place;
   uint32_t record = 0;  // the first of the batch
+  LoadQ(params, WarpRows(params, geometry, blockIdx.x, warp), q);
   for (int32_t index = blockIdx.x; index < geometry.num_tiles; index += gridDim.x) {
     const WarpRows rows(params, geometry, index, warp);
-    LoadQ(params, rows, q);
     q.WaitUntilLoaded();
     attention.Reset();
     bool is_last = false, exists = false;
@@ -491,6 +492,7 @@ __device__ inline void ConsumeSelected(const AttendSelectedParams& params,
       if (lane == 0) BarrierArrive(shared.Read(place.slot));
       place.Advance(kNumBatches);
     }
+    LoadQ(params, WarpRows(params, geometry, index + gridDim.x, warp), q);
     if (rows.num_heads > 0 && exists) StoreGated(params, rows, attention);
   }
 }
