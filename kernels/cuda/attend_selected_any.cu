@@ -19,13 +19,14 @@ constexpr int kWarpThreads = 32;
 class Chunks {
  public:
   // `ring` is the shared address of the slots.
-  __device__ Chunks(const AttendSelectedParams& params, const WarpRows& rows, int32_t kv_head,
-                    uint32_t ring)
+  __device__ Chunks(const AttendSelectedParams& params, int64_t row, const QueryPlace& place,
+                    int32_t kv_head, uint32_t ring)
       : params_(params),
         picks_(params.block_indices +
-               (rows.row * params.dims.num_kv_heads + kv_head) * params.dims.num_selected_blocks),
-        locations_(params.locations + kv_head * params.num_blocks + rows.first_block),
-        position_(rows.position),
+               (row * params.dims.num_kv_heads + kv_head) * params.dims.num_selected_blocks),
+        locations_(params.locations + kv_head * params.num_blocks +
+                   params.queries.documents[place.document].slc_block_begin),
+        position_(place.position),
         ring_(ring) {
     FindBlock();
   }
@@ -110,14 +111,16 @@ __global__ void __launch_bounds__(kWarpThreads)
                             const __grid_constant__ SelectedGeometry geometry) {
   extern __shared__ __align__(128) char memory[];
   const AttentionDims& dims = params.dims;
-  const SelectedTile tile(params, geometry, blockIdx.x);
-  const WarpRows rows(params, geometry, tile, /*warp=*/0);
-  if (rows.num_heads == 0) return;
-  Chunks chunks(params, rows, tile.kv_head, SharedAddress(memory));
+  const WarpRows rows(params, geometry, blockIdx.x, /*warp=*/0);
+  const QueryPlace place = FindQuery(params.queries, rows.row);
+  if (rows.num_heads == 0 || place.document < 0) return;
+  Chunks chunks(params, rows.row, place, rows.first_head / geometry.group_size,
+                SharedAddress(memory));
   for (int i = 0; i < kSlots - 1; ++i) chunks.StartNext();
   SharedQ q(reinterpret_cast<uint4*>(memory + kSlots * geometry.slot_bytes), dims.head_dim_qk,
             params.queries.q.data);
   LoadQ(params, rows, q);
+  q.WaitUntilLoaded();
   WarpAttention<T, kDv> attention(dims.softmax_scale * 1.4426950408889634f);
   for (int32_t i = 0; i < chunks.num_started(); ++i) {
     CopyAsyncWait<kSlots - 2>();
@@ -137,10 +140,11 @@ __global__ void __launch_bounds__(kWarpThreads)
 SelectedGeometry MakeGeometry(const AttendSelectedParams& params) {
   const AttentionDims& dims = params.dims;
   SelectedGeometry g{};
+  g.group_size = dims.group_size();
   g.warps_per_query = 1;
   g.queries_per_tile = 1;
   g.parts_per_query = (dims.group_size() + kTileRows - 1) / kTileRows;
-  g.num_row_tiles = params.query_end - params.query_begin;
+  g.num_row_tiles = static_cast<int32_t>(params.query_end - params.query_begin);
   g.num_tiles = params.queries.kv_heads.size() * g.num_row_tiles * g.parts_per_query;
   g.slot_bytes = kChunkTokens * (dims.head_dim_qk + dims.head_dim_v) * 2;
   g.q_bytes = kTileRows * dims.head_dim_qk * 2;

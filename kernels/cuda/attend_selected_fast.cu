@@ -21,7 +21,7 @@ cudaError_t LaunchShape(const AttendSelectedParams& params, const Device& device
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, geometry.shared_bytes);
   if (error != cudaSuccess) return error;
-  const int64_t grid = geometry.num_tiles < device.num_sms ? geometry.num_tiles : device.num_sms;
+  const int32_t grid = geometry.num_tiles < device.num_sms ? geometry.num_tiles : device.num_sms;
   kernel<<<static_cast<unsigned>(grid), kSelectedThreads, geometry.shared_bytes, stream>>>(
       params, geometry);
   return cudaGetLastError();

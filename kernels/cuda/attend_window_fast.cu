@@ -252,8 +252,8 @@ class Consumer {
     const int group_first = Group() * kGroupRows;
     const int begin = max(group_first, run.begin);
     const int end = min(group_first + kGroupRows, run.end);
-    const int64_t first_tile = run.FirstKey(window) / kTileKeys;
-    const int64_t end_tile = (run.EndKey() + kTileKeys - 1) / kTileKeys;
+    const int first_tile = TileOf(run.FirstKey(window));
+    const int end_tile = TileOf(run.EndKey() + kTileKeys - 1);
     BarrierWait(shared_.QFull(q_place_.slot, Group()), q_place_.parity);
     if (begin >= end) {
       ReleaseQ();
@@ -262,11 +262,11 @@ class Consumer {
     }
     // Tiles that some row of this warpgroup sees, and among them those that all rows see whole.
     const int64_t low = run.Position(begin), high = run.Position(end - 1);
-    const int64_t begin_seen = max(low - window + 1, int64_t{0}) / kTileKeys;
-    const int64_t end_seen = high / kTileKeys + 1;
-    const int64_t begin_whole =
-        min((max(high - window + 1, int64_t{0}) + kTileKeys - 1) / kTileKeys, end_seen);
-    const int64_t end_whole = max((low + 1) / kTileKeys, begin_whole);
+    const int begin_seen = TileOf(max(low - window + 1, int64_t{0}));
+    const int end_seen = TileOf(high) + 1;
+    const int begin_whole =
+        min(TileOf(max(high - window + 1, int64_t{0}) + kTileKeys - 1), end_seen);
+    const int end_whole = max(TileOf(low + 1), begin_whole);
 
     const int row = group_first + Warp() % 4 * 16 + Lane() / 4;
 #pragma unroll
@@ -277,7 +277,7 @@ class Consumer {
 
     Skip(begin_seen - first_tile);
     Reset();
-    int64_t tile = begin_seen;
+    int tile = begin_seen;
     Begin(tile++);
     // Nothing is in flight between the steps, and no step has a branch while something is.
     for (; tile < begin_whole; ++tile) Step<true>(tile);
@@ -293,6 +293,7 @@ class Consumer {
   __device__ static int Lane() { return threadIdx.x % 32; }
   __device__ static int Warp() { return threadIdx.x / 32; }
   __device__ static int Group() { return threadIdx.x / 128; }
+  __device__ static int TileOf(int64_t key) { return static_cast<int>(key / kTileKeys); }
 
   __device__ float MaxLog2(float max) const { return fmaxf(max * scale_log2_, -FLT_MAX); }
 
@@ -309,9 +310,9 @@ class Consumer {
   }
 
   // Passes over tiles of which this warpgroup sees nothing.
-  __device__ void Skip(int64_t num_tiles) {
+  __device__ void Skip(int num_tiles) {
 #pragma unroll 1
-    for (int64_t i = 0; i < num_tiles; ++i) {
+    for (int i = 0; i < num_tiles; ++i) {
       BarrierWait(shared_.Full(place_.slot), place_.parity);
       Release(place_.slot);
       Release(place_.slot);
@@ -352,18 +353,19 @@ class Consumer {
   }
 
   // Hides keys that a row does not see.
-  __device__ void Mask(int64_t tile) {
-    const int64_t first_key = tile * kTileKeys;
+  __device__ void Mask(int tile) {
+    // Of the first key of this lane: what is left to compare are constants.
+    const int64_t first_key = int64_t{tile} * kTileKeys + Lane() % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int end = static_cast<int>(min(last_key_[r] + 1 - first_key, int64_t{kTileKeys}));
       const int begin = static_cast<int>(
-          max(last_key_[r] - params_.dims.window_tokens + 1 - first_key, int64_t{0}));
+          max(last_key_[r] - params_.dims.window_tokens + 1 - first_key, int64_t{-kTileKeys}));
 #pragma unroll
       for (int j = 0; j < kTileKeys / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int key = j * 8 + Lane() % 4 * 2 + e;
+          const int key = j * 8 + e;
           float& value = s_[4 * j + 2 * r + e];
           value = key < begin || key >= end ? -INFINITY : value;
         }
@@ -411,7 +413,7 @@ class Consumer {
   }
 
   // The first tile: its outputs are started by the next step.
-  __device__ void Begin(int64_t tile) {
+  __device__ void Begin(int tile) {
     BarrierWait(shared_.Full(place_.slot), place_.parity);
     StartLogits();
     WgmmaWait<0>();
@@ -426,7 +428,7 @@ class Consumer {
   }
 
   template <bool kMasked>
-  __device__ void Step(int64_t tile) {
+  __device__ void Step(int tile) {
     BarrierWait(shared_.Full(place_.slot), place_.parity);
     StartLogits();
     StartOutputs(previous_slot_);

@@ -129,7 +129,7 @@ class WarpAttention {
   template <int kWidth, bool kMasked, class Q>
   __device__ void Attend(const Q& q, uint32_t k, uint32_t v, int width,
                          const VisibleKeys& visible) {
-    const int lane = threadIdx.x % 32;
+    const int lane = LaneNow();
     constexpr int kKeys = kWidth != 0 ? kWidth : kTileKeys;  // at most
     const int num_keys = kWidth != 0 ? kWidth : width;
 
@@ -156,13 +156,17 @@ class WarpAttention {
     }
 
     if constexpr (kMasked || kWidth == 0) {
+      const int first_key = lane % 4 * 2;  // of this lane: what is left to compare are constants
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int key = j * 8 + lane % 4 * 2 + e % 2;
-          bool hidden = kWidth == 0 && key >= num_keys;
-          if (kMasked) hidden |= key < visible.begin[e / 2] || key >= visible.end[e / 2];
+          const int key = j * 8 + e % 2;
+          bool hidden = kWidth == 0 && key >= num_keys - first_key;
+          if (kMasked) {
+            hidden |= key < visible.begin[e / 2] - first_key;
+            hidden |= key >= visible.end[e / 2] - first_key;
+          }
           if (hidden) s[j][e] = -INFINITY;
         }
       }
