@@ -1,24 +1,79 @@
 #include "comm/nccl/collectives.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
 #include "absl/time/clock.h"
 #include "comm/checks.h"
-#include "comm/nccl/window_kernels.h"
 
 namespace nsa::comm::nccl {
+namespace {
 
-absl::Status Collectives::Enqueue(WaitingCall call, cudaStream_t stream,
-                                  absl::FunctionRef<ncclResult_t(ncclComm_t)> enqueue) {
+int64_t StagingRoom(int64_t num_bytes) {
+  return (num_bytes + kStagingAlignment - 1) / kStagingAlignment * kStagingAlignment;
+}
+
+// Every rank's runs one after the other in its staging area. False when they do not fit; `runs` are
+// the same on all ranks, and so is the answer.
+bool StageRuns(int rank, int size, char* buffer, absl::Span<const GatherRun> runs,
+               StagedCopies& copies) {
+  if (runs.size() > kMaxStagedPieces) return false;
+  std::vector<int64_t> used(size, 0);
+  for (const GatherRun& run : runs) {
+    (run.rank == rank ? copies.in : copies.out)
+        .push_back({buffer + run.offset_bytes, used[run.rank], run.num_bytes, run.rank});
+    used[run.rank] += StagingRoom(run.num_bytes);
+  }
+  return *std::max_element(used.begin(), used.end()) <= kStagingBytes;
+}
+
+// The messages between two ranks one after the other in the part of the sender's staging area that
+// belongs to the receiver: all of them or, when they do not fit, none. Both sides know the sizes.
+// Takes what is staged out of `ops`, and empty messages.
+template <typename Op>
+std::vector<StagedPiece> StageMessages(int rank, int size, std::vector<Op>& ops) {
+  const int64_t part = kStagingBytes / size / kStagingAlignment * kStagingAlignment;
+  const int64_t max_messages = kMaxStagedPieces / 2 / size;
+  std::vector<int64_t> total(size, 0);
+  std::vector<int64_t> count(size, 0);
+  for (const Op& op : ops) {
+    if (op.num_bytes == 0) continue;
+    total[op.peer] += StagingRoom(op.num_bytes);
+    ++count[op.peer];
+  }
+  std::vector<int64_t> used(size, 0);
+  std::vector<StagedPiece> pieces;
+  std::vector<Op> rest;
+  for (const Op& op : ops) {
+    if (op.num_bytes == 0) continue;
+    if (total[op.peer] > part || count[op.peer] > max_messages) {
+      rest.push_back(op);
+      continue;
+    }
+    constexpr bool kSends = std::is_same_v<Op, SendOp>;
+    const int receiver = kSends ? op.peer : rank;
+    pieces.push_back({static_cast<char*>(const_cast<void*>(op.data)),
+                      receiver * part + used[op.peer], op.num_bytes, kSends ? rank : op.peer});
+    used[op.peer] += StagingRoom(op.num_bytes);
+  }
+  ops = std::move(rest);
+  return pieces;
+}
+
+}  // namespace
+
+absl::Status Collectives::Enqueue(WaitingCall call, const StagedCopies& copies,
+                                  const std::function<ncclResult_t(ncclComm_t)>& over_nccl,
+                                  cudaStream_t stream) {
   absl::Status status = log_.Begin(call, stream);
   if (!status.ok()) return health_.Break(std::move(status));
   if (meets_) {
-    if (cudaError_t e = LaunchArrive(arrivals_, call, stream); e != cudaSuccess) {
-      return health_.Break(CudaStatus(e, "Arrive"));
+    if (cudaError_t e = LaunchMeeting(meeting_, call, copies, stream); e != cudaSuccess) {
+      return health_.Break(CudaStatus(e, "Meet"));
     }
   }
-  status = nccl_->Run(WaitingCallName(call), timeout_ + kSlack, enqueue);
+  if (over_nccl) status = nccl_->Run(WaitingCallName(call), timeout_ + kSlack, over_nccl);
   if (!status.ok()) {
     // The rank behind it may be about to be named.
     if (absl::IsUnavailable(status)) {
@@ -38,13 +93,16 @@ absl::Status Collectives::AllGather(void* buffer, absl::Span<const GatherRun> ru
   const std::vector<GatherRun> merged = MergeRuns(runs);
   if (size_ == 1 || merged.empty()) return absl::OkStatus();
   char* const bytes = static_cast<char*>(buffer);
+  if (StagedCopies copies; meets_ && StageRuns(rank_, size_, bytes, merged, copies)) {
+    return Enqueue(WaitingCall::kAllGather, copies, nullptr, stream);
+  }
 
   bool by_rank = static_cast<int>(merged.size()) == size_;
   for (int r = 0; by_rank && r < size_; ++r) {
     by_rank = merged[r].rank == r && merged[r].num_bytes == merged[0].num_bytes &&
               merged[r].offset_bytes == merged[0].offset_bytes + r * merged[0].num_bytes;
   }
-  return Enqueue(WaitingCall::kAllGather, stream, [&](ncclComm_t comm) {
+  const auto over_nccl = [&](ncclComm_t comm) {
     if (by_rank) {
       return ncclAllGather(bytes + merged[rank_].offset_bytes, bytes + merged[0].offset_bytes,
                            merged[0].num_bytes, ncclInt8, comm, stream);
@@ -65,18 +123,22 @@ absl::Status Collectives::AllGather(void* buffer, absl::Span<const GatherRun> ru
     }
     const ncclResult_t end = ncclGroupEnd();
     return result == ncclSuccess ? end : result;
-  });
+  };
+  return Enqueue(WaitingCall::kAllGather, {}, over_nccl, stream);
 }
 
 absl::Status Collectives::Exchange(WaitingCall call, absl::Span<const SendOp> sends,
                                    absl::Span<const RecvOp> recvs, cudaStream_t stream) {
   std::vector<SendOp> own;
-  for (const SendOp& send : sends) {
-    if (send.peer == rank_) own.push_back(send);
-  }
+  std::vector<SendOp> to_peers;
+  for (const SendOp& send : sends) (send.peer == rank_ ? own : to_peers).push_back(send);
+  std::vector<RecvOp> from_peers;
   size_t next_own = 0;
   for (const RecvOp& recv : recvs) {
-    if (recv.peer != rank_) continue;
+    if (recv.peer != rank_) {
+      from_peers.push_back(recv);
+      continue;
+    }
     const SendOp& send = own[next_own++];
     if (recv.num_bytes == 0) continue;
     const cudaError_t e =
@@ -84,19 +146,26 @@ absl::Status Collectives::Exchange(WaitingCall call, absl::Span<const SendOp> se
     if (e != cudaSuccess) return health_.Break(CudaStatus(e, "cudaMemcpyAsync"));
   }
   if (size_ == 1) return absl::OkStatus();
-  return Enqueue(call, stream, [&](ncclComm_t comm) {
+
+  StagedCopies copies;
+  if (meets_) {
+    copies = {StageMessages(rank_, size_, to_peers), StageMessages(rank_, size_, from_peers)};
+    if (to_peers.empty() && from_peers.empty()) return Enqueue(call, copies, nullptr, stream);
+  }
+  const auto over_nccl = [&](ncclComm_t comm) {
     ncclResult_t result = ncclGroupStart();
-    for (const SendOp& send : sends) {
-      if (result != ncclSuccess || send.peer == rank_ || send.num_bytes == 0) continue;
+    for (const SendOp& send : to_peers) {
+      if (result != ncclSuccess || send.num_bytes == 0) continue;
       result = ncclSend(send.data, send.num_bytes, ncclInt8, send.peer, comm, stream);
     }
-    for (const RecvOp& recv : recvs) {
-      if (result != ncclSuccess || recv.peer == rank_ || recv.num_bytes == 0) continue;
+    for (const RecvOp& recv : from_peers) {
+      if (result != ncclSuccess || recv.num_bytes == 0) continue;
       result = ncclRecv(recv.data, recv.num_bytes, ncclInt8, recv.peer, comm, stream);
     }
     const ncclResult_t end = ncclGroupEnd();
     return result == ncclSuccess ? end : result;
-  });
+  };
+  return Enqueue(call, copies, over_nccl, stream);
 }
 
 }  // namespace nsa::comm::nccl

@@ -1,15 +1,17 @@
-// AllGather and Exchange on a stream, over NCCL.
+// AllGather and Exchange on a stream: what is small, in the meeting kernel, else over NCCL.
 #ifndef COMM_NCCL_COLLECTIVES_H_
 #define COMM_NCCL_COLLECTIVES_H_
 
 #include <nccl.h>
 
-#include "absl/functional/function_ref.h"
+#include <functional>
+
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "comm/communicator.h"
 #include "comm/nccl/group_health.h"
+#include "comm/nccl/meeting.h"
 #include "comm/nccl/nccl_handle.h"
 #include "comm/nccl/operation_log.h"
 #include "comm/nccl/signals.h"
@@ -30,13 +32,12 @@ class Collectives {
               NcclHandle* nccl)
       : rank_(rank), size_(size), timeout_(timeout), health_(*health), log_(*log), nccl_(nccl) {}
 
-  // From now on the streams of all ranks meet before each operation, by ArrivalSignals in `memory`:
-  // so the device finds out who is late, in graphs too.
+  // From now on the streams of all ranks meet in each operation, by MeetingSignals in `memory`: so
+  // the device finds out who is late, in graphs too, and moves what is small.
   void MeetBy(const PeerMemory& memory) {
-    arrivals_ = memory;
+    meeting_ = memory;
     meets_ = true;
   }
-  bool meets() const { return meets_; }
 
   absl::Status AllGather(void* buffer, absl::Span<const GatherRun> runs, cudaStream_t stream);
   // `call` is what errors name.
@@ -44,9 +45,11 @@ class Collectives {
                         absl::Span<const RecvOp> recvs, cudaStream_t stream);
 
  private:
-  // Enqueues what `enqueue` does to NCCL, between the meeting of the ranks and the deadline.
-  absl::Status Enqueue(WaitingCall call, cudaStream_t stream,
-                       absl::FunctionRef<ncclResult_t(ncclComm_t)> enqueue);
+  // Enqueues a meeting with `copies`, if ranks meet, and what `over_nccl` does to NCCL, if
+  // anything.
+  absl::Status Enqueue(WaitingCall call, const StagedCopies& copies,
+                       const std::function<ncclResult_t(ncclComm_t)>& over_nccl,
+                       cudaStream_t stream);
 
   const int rank_;
   const int size_;
@@ -54,7 +57,7 @@ class Collectives {
   GroupHealth& health_;
   OperationLog& log_;
   NcclHandle* const nccl_;
-  PeerMemory arrivals_ = {};
+  PeerMemory meeting_ = {};
   bool meets_ = false;
 };
 

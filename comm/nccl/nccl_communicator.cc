@@ -14,6 +14,7 @@
 #include "comm/nccl/collectives.h"
 #include "comm/nccl/exchange_check.h"
 #include "comm/nccl/group_health.h"
+#include "comm/nccl/meeting.h"
 #include "comm/nccl/nccl_handle.h"
 #include "comm/nccl/nccl_version.h"
 #include "comm/nccl/nccl_window.h"
@@ -90,7 +91,7 @@ class Impl final : public Communicator {
   // while kernels may still be reading.
   std::unique_ptr<NcclHandle> nccl_;
   std::unique_ptr<NcclHandle> windows_;
-  std::unique_ptr<PeerBuffer> board_;  // ArrivalSignals; null without load/store
+  std::unique_ptr<PeerBuffer> board_;  // MeetingSignals; null without load/store
   OperationLog operations_;
   std::unique_ptr<Collectives> collectives_;
 
@@ -120,7 +121,8 @@ absl::Status Impl::Connect() {
   cudaStream_t stream = nullptr;
   NSA_COMM_CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   stream_.reset(stream);
-  NSA_COMM_CUDA_OK(LoadKernels());
+  NSA_COMM_CUDA_OK(LoadWindowKernels());
+  NSA_COMM_CUDA_OK(LoadMeetingKernels());
   if (absl::Status s = health_.Start(); !s.ok()) return s;
   window_context_ = {
       rank_,
@@ -175,7 +177,7 @@ absl::Status Impl::Connect() {
       auto made = NcclHandle::Create(windows_id, rank_, size_, options_.connect_timeout, &health_);
       if (!made.ok()) return made.status();
       windows_ = *std::move(made);
-      auto board = PeerBuffer::Allocate(sizeof(ArrivalSignals), stream_.get());
+      auto board = PeerBuffer::Allocate(kMeetingBytes, stream_.get());
       if (!board.ok()) return board.status();
       board_ = *std::move(board);
       absl::Status status =

@@ -1,6 +1,11 @@
 // A communicator over NCCL for device memory, one GPU a rank. Calls enqueue on a stream, a
 // cudaStream_t (null: the default stream), and can be captured into CUDA graphs. Collectives on
 // several streams must be ordered by the caller, with events.
+//
+// Where ranks load and store each other's memory, a kernel of this library moves what is small: an
+// AllGather of up to 16 MiB a rank, and in an Exchange up to 16 MiB / size from one rank to
+// another. It takes 32 MiB of device memory. NCCL moves the rest, which costs the host more to
+// launch.
 #ifndef COMM_NCCL_NCCL_COMMUNICATOR_H_
 #define COMM_NCCL_NCCL_COMMUNICATOR_H_
 

@@ -44,16 +44,18 @@ struct WindowSignals {
   int64_t epoch;                 // of the owner; counted here so that graphs replay
 };
 
-// Of the communicator: how many of its collective calls each rank's stream has come to.
-struct ArrivalSignals {
-  int64_t arrived[kMaxRanks];
-  int64_t count;  // of the owner
+// Of the communicator. Behind it lie two staging areas, of meetings of odd and even number.
+struct MeetingSignals {
+  int64_t met[kMaxRanks];  // the number of the last meeting that rank has come to
+  // Of the owner.
+  int64_t count;    // of meetings; counted here so that graphs replay
+  uint32_t staged;  // how many CTAs of the meeting under way have copied what the rank provides
 };
 
 // Memory of all ranks, as kernels see it.
 struct PeerMemory {
   char* const* bases;      // [size] device array: where each rank's memory lies for this one
-  int64_t signals_offset;  // of WindowSignals or ArrivalSignals in each rank's memory
+  int64_t signals_offset;  // of WindowSignals or MeetingSignals in each rank's memory
   int32_t rank;
   int32_t size;
   FaultBoard* board;

@@ -1,86 +1,13 @@
 #include <climits>
 #include <cstdint>
 
+#include "comm/nccl/device_waits.cuh"
 #include "comm/nccl/window_kernels.h"
 
 namespace nsa::comm::nccl {
 namespace {
 
-__device__ int64_t LoadAcquire(const int64_t* flag) {
-  int64_t value;
-  asm volatile("ld.acquire.sys.global.b64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
-  return value;
-}
-
-__device__ void StoreRelease(int64_t* flag, int64_t value) {
-  asm volatile("st.release.sys.global.b64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
-}
-
-__device__ uint32_t LoadHost(const uint32_t* word) {
-  return *static_cast<const volatile uint32_t*>(word);
-}
-
-__device__ void StoreHost(uint32_t* word, uint32_t value) {
-  *static_cast<volatile uint32_t*>(word) = value;
-}
-
-__device__ uint64_t Nanoseconds() {
-  uint64_t now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  return now;
-}
-
-__device__ void Report(FaultBoard* board, FaultKind kind, WaitingCall call, int peer) {
-  StoreHost(&board->awaited[peer], 1);
-  StoreHost(&board->call, static_cast<uint32_t>(call));
-  __threadfence_system();
-  StoreHost(&board->fault, static_cast<uint32_t>(kind));
-}
-
-// Waits until `flag`, in this rank's memory, is at least `target`. False when the wait ended
-// otherwise; then the board says why. `peer` is the one that writes the flag.
-__device__ bool Await(const PeerMemory& memory, const int64_t* flag, int64_t target,
-                      WaitingCall call, int peer) {
-  if (LoadAcquire(flag) >= target) return true;
-  FaultBoard* const board = memory.board;
-  const uint64_t start = Nanoseconds();
-  while (true) {
-    // Host memory is microseconds away, so most looks are at the flag.
-    for (int i = 0; i < 32; ++i) {
-      if (LoadAcquire(flag) >= target) return true;
-    }
-    if (LoadHost(&board->broken) != 0 || LoadHost(&board->fault) != 0) return false;
-    if (LoadHost(&board->left[peer]) != 0) {
-      // All that the peer wrote, it wrote before it left.
-      if (LoadAcquire(flag) >= target) return true;
-      if (call == WaitingCall::kBeginWrite) return true;  // who has left reads no more
-      Report(board, FaultKind::kPeerLeft, call, peer);
-      return false;
-    }
-    if (Nanoseconds() - start > memory.limit_ns) {
-      Report(board, FaultKind::kTimeout, call, peer);
-      return false;
-    }
-  }
-}
-
-template <typename Signals>
-__device__ Signals* SignalsOf(const PeerMemory& memory, int rank) {
-  return reinterpret_cast<Signals*>(memory.bases[rank] + memory.signals_offset);
-}
-
 // Grid: 1 CTA; thread r deals with rank r. So in all kernels but Gather.
-__global__ void Arrive(PeerMemory memory, WaitingCall call) {
-  ArrivalSignals* const mine = SignalsOf<ArrivalSignals>(memory, memory.rank);
-  const int64_t count = mine->count + 1;
-  __syncthreads();
-  const int peer = threadIdx.x;
-  if (peer == 0) mine->count = count;
-  if (peer >= memory.size) return;
-  StoreRelease(&SignalsOf<ArrivalSignals>(memory, peer)->arrived[memory.rank], count);
-  Await(memory, &mine->arrived[peer], count, call, peer);
-}
-
 __global__ void BeginWrite(PeerMemory memory) {
   WindowSignals* const mine = SignalsOf<WindowSignals>(memory, memory.rank);
   const int64_t epoch = mine->epoch;
@@ -279,21 +206,15 @@ int Threads(const PeerMemory& memory) { return (memory.size + 31) / 32 * 32; }
 
 }  // namespace
 
-cudaError_t LoadKernels() {
+cudaError_t LoadWindowKernels() {
   cudaFuncAttributes attributes;
   for (const void* kernel :
-       {reinterpret_cast<const void*>(Arrive), reinterpret_cast<const void*>(BeginWrite),
-        reinterpret_cast<const void*>(Publish), reinterpret_cast<const void*>(Release),
-        reinterpret_cast<const void*>(Gather)}) {
+       {reinterpret_cast<const void*>(BeginWrite), reinterpret_cast<const void*>(Publish),
+        reinterpret_cast<const void*>(Release), reinterpret_cast<const void*>(Gather)}) {
     if (cudaError_t e = cudaFuncGetAttributes(&attributes, kernel); e != cudaSuccess) return e;
   }
   return cudaFuncSetAttribute(Gather, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               kMaxGatherWarps * kGatherSlotBytes);
-}
-
-cudaError_t LaunchArrive(const PeerMemory& memory, WaitingCall call, cudaStream_t stream) {
-  Arrive<<<1, Threads(memory), 0, stream>>>(memory, call);
-  return cudaGetLastError();
 }
 
 cudaError_t LaunchBeginWrite(const PeerMemory& memory, cudaStream_t stream) {

@@ -1,4 +1,4 @@
-// Kernels of windows and of the meeting before a collective. Each function enqueues one kernel.
+// Kernels of windows. Each function enqueues one kernel.
 #ifndef COMM_NCCL_WINDOW_KERNELS_H_
 #define COMM_NCCL_WINDOW_KERNELS_H_
 
@@ -12,10 +12,7 @@ namespace nsa::comm::nccl {
 
 // Loads the kernels of this file onto the current device, which may wait for the device: not to be
 // done while a kernel waits for a peer.
-cudaError_t LoadKernels();
-
-// Tells all ranks that this rank's stream has come to its next call, and waits until all have.
-cudaError_t LaunchArrive(const PeerMemory& memory, WaitingCall call, cudaStream_t stream);
+cudaError_t LoadWindowKernels();
 
 // The calls of Window on memory that ends in WindowSignals.
 cudaError_t LaunchBeginWrite(const PeerMemory& memory, cudaStream_t stream);
