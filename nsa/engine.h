@@ -95,7 +95,8 @@ struct ForwardOutputs {
 
 class Engine {
  public:
-  // Collective. Takes all memory that later calls use.
+  // Collective. Takes all memory that later calls use. Engines whose calls may run at the same time
+  // on a device need a communicator each.
   // InvalidArgument on every rank, naming rank, field, value and rule, when any rank's options are
   // invalid or differ from another's; ResourceExhausted on every rank when one lacks the memory.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(
