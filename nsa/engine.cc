@@ -45,7 +45,7 @@ class EngineImpl final : public Engine {
 
   absl::StatusOr<ForwardStats> GatherStats() override {
     const absl::StatusOr<RankStats> mine = LastStats();
-    if (!mine.ok()) return AbortOnError(mine.status());
+    NSA_RETURN_IF_ERROR(Agree(*context_->communicator, mine.status(), {}));
     absl::StatusOr<std::vector<std::string>> all =
         context_->communicator->HostAllGather(mine->SerializeAsString());
     if (!all.ok()) return all.status();
@@ -94,7 +94,7 @@ class EngineImpl final : public Engine {
   absl::Status AgreeOnCall(const ForwardInputs& inputs, const ForwardOutputs& outputs,
                            void* stream) {
     PassContext& context = *context_;
-    NSA_RETURN_IF_ERROR(context.stages.Start(stream));
+    NSA_RETURN_IF_ERROR(AbortOnError(context.stages.Start(stream)));
     const absl::Status mine = CheckForward(context.options, context.rank_plan.num_tokens,
                                            context.kernels->RowAlignment(), inputs, outputs);
     FieldList fields = FieldsOfCall(inputs);
