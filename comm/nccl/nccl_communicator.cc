@@ -30,6 +30,8 @@ namespace nsa::comm {
 namespace nccl {
 namespace {
 
+constexpr int kOldestMajorCapability = 9;
+
 class Impl final : public Communicator {
  public:
   Impl(std::unique_ptr<Bootstrap> bootstrap, const NcclOptions& options)
@@ -118,6 +120,13 @@ absl::Status Impl::Start() {
 absl::Status Impl::Connect() {
   // The device may not exist, and this is the call that says so.
   NSA_COMM_CUDA_OK(cudaSetDevice(device_));
+  int major = 0;
+  NSA_COMM_CUDA_OK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+  if (major < kOldestMajorCapability) {
+    return absl::InvalidArgumentError(absl::StrCat("device: ", device_, " has compute capability ",
+                                                   major, ".x; must have ", kOldestMajorCapability,
+                                                   ".0 or later, for bulk copies"));
+  }
   cudaStream_t stream = nullptr;
   NSA_COMM_CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   stream_.reset(stream);

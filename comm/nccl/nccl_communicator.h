@@ -59,7 +59,8 @@ class DeviceWindow : public Window {
 
 class NcclCommunicator {
  public:
-  // Collective. Windows are DeviceWindows. FailedPrecondition on all ranks when they run different
+  // Collective. Windows are DeviceWindows. InvalidArgument when the device's compute capability is
+  // below 9.0. FailedPrecondition on all ranks when they run different
   // versions of NCCL, or one that is too old.
   //
   // What is found later than the call that caused it (a peer that does not come, a rank that dies)

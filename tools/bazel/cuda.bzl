@@ -12,9 +12,11 @@ REQUIRES_CUDA = select({
 # For cuda_library's archs: what nvcc's -gencode takes.
 #
 # Hopper's own instructions exist for sm_90a alone. What does without them is translated once, to
-# the PTX of compute_80, and from there to machine code for Hopper, so that nothing is left to the
-# driver where speed is measured; on any other GPU from sm_80 on, the driver translates that PTX.
+# the PTX of compute_80 or, with bulk copies, compute_90, and from there to machine code for Hopper,
+# so that nothing is left to the driver where speed is measured; on any other GPU from sm_80 or
+# sm_90 on, the driver translates that PTX.
 HOPPER = ["arch=compute_90a,code=sm_90a"]
+HOPPER_AND_LATER = ["arch=compute_90,code=[sm_90,compute_90]"]
 PORTABLE = ["arch=compute_80,code=[sm_90,compute_80]"]
 
 _NVCC_FLAGS = [
@@ -111,7 +113,7 @@ def cuda_library(name, srcs, hdrs = [], deps = [], archs = HOPPER, copts = [], *
       srcs: .cu files, and headers that only they include.
       hdrs: headers for those who depend on this.
       deps: C++ and CUDA libraries. The CUDA runtime, linked statically, is always one.
-      archs: HOPPER or PORTABLE.
+      archs: HOPPER, HOPPER_AND_LATER or PORTABLE.
       copts: further flags for nvcc, e.g. ["-Xptxas=-v", "--maxrregcount=128"].
       **kwargs: visibility, tags, testonly.
     """
