@@ -1,9 +1,11 @@
 #include "tools/launch/device.h"
 
+#include <map>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "comm/bootstrap/tcp_bootstrap.h"
 #include "comm/loopback/loopback.h"
@@ -74,30 +76,46 @@ absl::StatusOr<Device> ChooseDevice(const LaunchOptions& options, const ProcessP
     }
     return cpu;
   }
-  if (place.num_ranks_on_host > (*gpus)->count()) {
+  const bool enough = place.num_ranks_on_host <= (*gpus)->count();
+  // A launcher may show each process a GPU of its own; that they differ AgreeOnDevice finds out.
+  if (!enough && (*gpus)->count() != 1) {
     return Invalid("device = \"", options.device, "\": there are ", place.num_ranks_on_host,
                    " ranks on this host and ", (*gpus)->count(),
                    " GPUs; must be cpu, or ranks at most as many as GPUs");
   }
-  return Device{.gpus = *std::move(gpus), .gpu = place.local_rank};
+  const int gpu = enough ? place.local_rank : 0;
+  absl::StatusOr<std::string> uuid = (*gpus)->UuidOf(gpu);
+  if (!uuid.ok()) return uuid.status();
+  return Device{.gpus = *std::move(gpus), .gpu = gpu, .gpu_uuid = *std::move(uuid)};
 }
 
-absl::Status AgreeOnDevice(const absl::Status& ready, absl::string_view kind,
+absl::Status AgreeOnDevice(const absl::Status& ready, const Device& device,
                            comm::Bootstrap& bootstrap, const LaunchOptions& options) {
   constexpr absl::string_view kGaveUp = "!";
+  const absl::string_view kind = device.kind();
   const absl::StatusOr<std::vector<std::string>> all =
-      bootstrap.AllGather(ready.ok() ? std::string(kind) : absl::StrCat(kGaveUp, ready.ToString()),
+      bootstrap.AllGather(ready.ok() ? absl::StrCat(kind, " ", device.gpu_uuid)
+                                     : absl::StrCat(kGaveUp, ready.ToString()),
                           options.timeout, "choosing devices");
   if (!ready.ok()) return ready;
   if (!all.ok()) return all.status();
+  std::map<absl::string_view, size_t> rank_by_gpu;
   for (size_t rank = 0; rank < all->size(); ++rank) {
     absl::string_view theirs = (*all)[rank];
     if (absl::ConsumePrefix(&theirs, kGaveUp)) {
       return absl::AbortedError(absl::StrCat("rank ", rank, " gave up: ", theirs));
     }
-    if (theirs != kind) {
-      return Invalid("device = \"", options.device, "\": ", kind, " for this rank, ", theirs,
+    const std::pair<absl::string_view, absl::string_view> kind_and_gpu =
+        absl::StrSplit(theirs, absl::MaxSplits(' ', 1));
+    const auto& [their_kind, their_gpu] = kind_and_gpu;
+    if (their_kind != kind) {
+      return Invalid("device = \"", options.device, "\": ", kind, " for this rank, ", their_kind,
                      " for rank ", rank, "; must be the same for all ranks");
+    }
+    if (device.gpus == nullptr) continue;
+    if (const auto [other, is_new] = rank_by_gpu.emplace(their_gpu, rank); !is_new) {
+      return Invalid("device = \"", options.device, "\": ", their_gpu, " for rank ", other->second,
+                     " and for rank ", rank, "; must be cpu, or a GPU of its own for each rank");
     }
   }
   return absl::OkStatus();

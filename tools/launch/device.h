@@ -20,6 +20,7 @@ namespace nsa::tools {
 struct Device {
   std::shared_ptr<Gpus> gpus;  // null: the host's cores
   int gpu = 0;
+  std::string gpu_uuid = "";
   int num_threads = 1;  // where there are no GPUs
 
   const char* kind() const { return gpus == nullptr ? "cpu" : "cuda"; }
@@ -36,9 +37,9 @@ struct Device {
 // For a rank at `place`. InvalidArgument when what is asked for is not there.
 absl::StatusOr<Device> ChooseDevice(const LaunchOptions& options, const ProcessPlace& place);
 
-// Collective. The ranks compute all on CPUs or all on GPUs, or each learns why not. `kind` is that
-// of this rank's device, unless `ready` says why it has none.
-absl::Status AgreeOnDevice(const absl::Status& ready, absl::string_view kind,
+// Collective. The ranks compute all on CPUs or each on a GPU of its own, or each learns why not.
+// `device` is this rank's, unless `ready` says why it has none.
+absl::Status AgreeOnDevice(const absl::Status& ready, const Device& device,
                            comm::Bootstrap& bootstrap, const LaunchOptions& options);
 
 }  // namespace nsa::tools

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/status/status.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "comm/nccl/nccl_communicator.h"
 #include "kernels/cuda/cuda_kernels.h"
@@ -22,6 +23,20 @@ class CudaGpus : public Gpus {
     cudaDeviceProp properties;
     const cudaError_t error = cudaGetDeviceProperties(&properties, gpu);
     return error == cudaSuccess ? properties.name : cudaGetErrorString(error);
+  }
+
+  // As nvidia-smi prints it, and CUDA_VISIBLE_DEVICES takes it.
+  absl::StatusOr<std::string> UuidOf(int gpu) const override {
+    cudaDeviceProp properties;
+    const cudaError_t error = cudaGetDeviceProperties(&properties, gpu);
+    if (error != cudaSuccess) {
+      return absl::InternalError(
+          absl::StrCat("cudaGetDeviceProperties: ", cudaGetErrorString(error)));
+    }
+    const cudaUUID_t& uuid = properties.uuid;
+    std::string text = absl::BytesToHexString({uuid.bytes, sizeof(uuid.bytes)});
+    for (const int dash : {20, 16, 12, 8}) text.insert(dash, 1, '-');
+    return absl::StrCat("GPU-", text);
   }
 
   absl::StatusOr<std::unique_ptr<kernels::Kernels>> CreateKernels(int gpu) override {

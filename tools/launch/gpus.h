@@ -1,4 +1,4 @@
-// The GPUs of this host, and what computes and communicates on them.
+// The GPUs that this process sees, and what computes and communicates on them.
 #ifndef TOOLS_LAUNCH_GPUS_H_
 #define TOOLS_LAUNCH_GPUS_H_
 
@@ -18,6 +18,8 @@ class Gpus {
   virtual ~Gpus() = default;
   virtual int count() const = 0;                  // at least 1
   virtual std::string NameOf(int gpu) const = 0;  // of the model; gpu in [0, count)
+  // The same in every process that sees this GPU, and that of no other GPU of any host.
+  virtual absl::StatusOr<std::string> UuidOf(int gpu) const = 0;
   virtual absl::StatusOr<std::unique_ptr<kernels::Kernels>> CreateKernels(int gpu) = 0;
   // Collective over the ranks of `bootstrap`; each rank's memory is that of its GPU.
   virtual absl::StatusOr<std::unique_ptr<comm::Communicator>> CreateCommunicator(

@@ -150,7 +150,7 @@ absl::Status RunProcess(absl::StatusOr<std::unique_ptr<comm::Bootstrap>> bootstr
   if (!bootstrap.ok()) return bootstrap.status();
   auto kernels = device.ok() ? device->CreateKernels() : device.status();
   absl::Status agreed =
-      AgreeOnDevice(kernels.status(), device.ok() ? device->kind() : "", **bootstrap, options);
+      AgreeOnDevice(kernels.status(), device.ok() ? *device : Device(), **bootstrap, options);
   if (!agreed.ok()) return agreed;
   auto communicator = device->Connect(*std::move(bootstrap), options.timeout);
   if (!communicator.ok()) return communicator.status();

@@ -21,8 +21,9 @@ struct LaunchOptions {
   // loopback: threads of this process, on CPUs. ucx: processes, on CPUs. nccl: processes, or one
   // alone, with a GPU each. auto: what device and environment ask for.
   std::string backend = "auto";
-  // cpu, or cuda: a rank takes the GPU of its number among the ranks of its host. auto: cuda where
-  // there are GPUs and neither the backend nor several ranks in one process ask for CPUs.
+  // cpu, or cuda: a rank takes the GPU of its number among the ranks of its host, or the only one
+  // that its process sees. auto: cuda where there are GPUs and neither the backend nor several
+  // ranks in one process ask for CPUs.
   std::string device = "auto";
   int num_ranks = 0;                           // 0: what the environment says, else one
   int num_threads = 0;                         // of a rank on a CPU; 0: its share of the cores

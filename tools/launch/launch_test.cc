@@ -26,13 +26,18 @@ std::string CpuThreads(int count) {
   return absl::StrCat(count, count == 1 ? " CPU thread" : " CPU threads");
 }
 
-// GPUs whose kernels compute on the CPU and whose communicators reach one rank only.
+// GPUs whose kernels compute on the CPU and whose communicators reach one rank only: those of a
+// host, or as many of them, from `first`, as a launcher shows to a process.
 class FakeGpus : public Gpus {
  public:
-  explicit FakeGpus(int count) : count_(count) {}
+  explicit FakeGpus(int count, int first = 0) : count_(count), first_(first) {}
   int count() const override { return count_; }
   std::string NameOf(int gpu) const override { return absl::StrCat("fake GPU ", gpu); }
+  absl::StatusOr<std::string> UuidOf(int gpu) const override {
+    return absl::StrCat("GPU-", first_ + gpu);
+  }
   absl::StatusOr<std::unique_ptr<kernels::Kernels>> CreateKernels(int gpu) override {
+    if (gpu >= count_) return absl::OutOfRangeError("no such GPU");
     if (gpu == kBrokenGpu) return absl::ResourceExhaustedError("no memory");
     return kernels::CpuKernels::Create({.num_threads = 1});
   }
@@ -46,11 +51,16 @@ class FakeGpus : public Gpus {
 
  private:
   const int count_;
+  const int first_;
 };
 
 LaunchOptions WithGpus(int count, LaunchOptions options = {}) {
   options.find_gpus = [count] { return std::make_shared<FakeGpus>(count); };
   return options;
+}
+
+LaunchOptions ShownGpu(int gpu) {
+  return {.find_gpus = [gpu] { return std::make_shared<FakeGpus>(1, gpu); }};
 }
 
 LaunchOptions WithoutGpus(LaunchOptions options) {
@@ -173,10 +183,21 @@ TEST(RunRanksTest, ProcessesTakeAGpuEach) {
   for (const absl::Status& status : RunProcesses({WithGpus(2), WithGpus(2)})) {
     EXPECT_EQ(status, absl::UnimplementedError("GPUs agreed on"));
   }
-  for (const absl::Status& status : RunProcesses({WithGpus(1), WithGpus(1)})) {
+  for (const absl::Status& status : RunProcesses({WithGpus(2), WithGpus(2), WithGpus(2)})) {
     EXPECT_EQ(status, absl::InvalidArgumentError(
-                          "device = \"auto\": there are 2 ranks on this host and 1 GPUs; must be "
+                          "device = \"auto\": there are 3 ranks on this host and 2 GPUs; must be "
                           "cpu, or ranks at most as many as GPUs"));
+  }
+}
+
+TEST(RunRanksTest, ProcessesTakeTheGpuThatEachIsShown) {
+  for (const absl::Status& status : RunProcesses({ShownGpu(2), ShownGpu(0), ShownGpu(1)})) {
+    EXPECT_EQ(status, absl::UnimplementedError("GPUs agreed on"));
+  }
+  for (const absl::Status& status : RunProcesses({ShownGpu(2), ShownGpu(0), ShownGpu(2)})) {
+    EXPECT_EQ(status, absl::InvalidArgumentError(
+                          "device = \"auto\": GPU-2 for rank 0 and for rank 2; must be cpu, or a "
+                          "GPU of its own for each rank"));
   }
 }
 
