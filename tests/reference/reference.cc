@@ -11,24 +11,13 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "tests/reference/dot.h"
+#include "tests/reference/rows.h"
 
 namespace nsa::reference {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-// Eight partial sums, so that the compiler may use vector registers.
-double Dot(const double* a, const double* b, int64_t count) {
-  double lanes[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int j = 0; j < 8; ++j) lanes[j] += a[i + j] * b[i + j];
-  }
-  double sum = 0.0;
-  for (; i < count; ++i) sum += a[i] * b[i];
-  for (int j = 0; j < 8; ++j) sum += lanes[j];
-  return sum;
-}
 
 // Softmax attention of one query head over `rows` of k and v (strides in elements). Writes the
 // normalised probabilities and the output, returns the LSE; no rows: zeros and -inf.
@@ -100,17 +89,8 @@ class QueryLoop {
         out_(outputs) {}
 
   void Compute(int64_t token) {
-    const auto& cu_seqlens = inputs_.cu_seqlens;
-    const int64_t document =
-        std::upper_bound(cu_seqlens.begin(), cu_seqlens.end(), token) - cu_seqlens.begin() - 1;
-    document_begin_ = cu_seqlens[document];
-    cmp_block_begin_ = 0;
-    for (int64_t i = 0; i < document; ++i) {
-      cmp_block_begin_ += NumCompressBlocks(config_, cu_seqlens[i + 1] - cu_seqlens[i]);
-    }
-    num_cmp_blocks_ = NumCompressBlocks(config_, cu_seqlens[document + 1] - cu_seqlens[document]);
     token_ = token;
-    t_ = token - document_begin_;
+    query_ = Locate(config_, inputs_.cu_seqlens, token);
     for (int64_t g = 0; g < config_.num_kv_heads; ++g) {
       const std::vector<double> scores = CompressedBranch(g);
       SelectBlocks(g, scores);
@@ -141,12 +121,9 @@ class QueryLoop {
   std::vector<double> CompressedBranch(int64_t g) {
     const int64_t l = config_.compress_block_tokens, d = config_.compress_stride_tokens;
     const int64_t select_tokens = config_.select_block_tokens;
-    std::vector<int64_t> rows;
-    for (int64_t i = 0; i < num_cmp_blocks_ && i * d + l - 1 <= t_; ++i) {
-      rows.push_back(cmp_block_begin_ + i);
-    }
+    const std::vector<int64_t> rows = CompressedRows(config_, query_);
     const int64_t num_visible = static_cast<int64_t>(rows.size());
-    std::vector<double> scores(t_ / select_tokens + 1, 0.0);
+    std::vector<double> scores(query_.t / select_tokens + 1, 0.0);
     AttendGroup(g, rows, kc_, vc_, &out_->o_cmp, &out_->lse_cmp, [&] {
       for (size_t j = 0; j < scores.size(); ++j) {
         for (int64_t a = 0; a < select_tokens / d; ++a) {
@@ -174,25 +151,15 @@ class QueryLoop {
     const std::vector<int32_t>& blocks = options_.given_block_indices != nullptr
                                              ? *options_.given_block_indices
                                              : out_->block_indices;
-    const int64_t n = config_.num_selected_blocks;
-    const int64_t select_tokens = config_.select_block_tokens;
-    std::vector<int64_t> rows;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t block = blocks[(token_ * config_.num_kv_heads + g) * n + i];
-      if (block < 0) continue;
-      for (int64_t t = block * select_tokens; t < (block + 1) * select_tokens && t <= t_; ++t) {
-        rows.push_back(document_begin_ + t);
-      }
-    }
+    const int64_t row = token_ * config_.num_kv_heads + g;
+    const std::vector<int64_t> rows =
+        SelectedRows(config_, query_, &blocks[row * config_.num_selected_blocks]);
     AttendGroup(g, rows, inputs_.k_slc, inputs_.v_slc, &out_->o_slc, &out_->lse_slc, [] {});
   }
 
   void WindowBranch(int64_t g) {
-    std::vector<int64_t> rows;
-    for (int64_t t = std::max<int64_t>(0, t_ - config_.window_tokens + 1); t <= t_; ++t) {
-      rows.push_back(document_begin_ + t);
-    }
-    AttendGroup(g, rows, inputs_.k_win, inputs_.v_win, &out_->o_win, &out_->lse_win, [] {});
+    AttendGroup(g, WindowRows(config_, query_), inputs_.k_win, inputs_.v_win, &out_->o_win,
+                &out_->lse_win, [] {});
   }
 
   void Gate() {
@@ -214,11 +181,8 @@ class QueryLoop {
   ReferenceOutputs* const out_;
 
   // Of the query being computed.
-  int64_t token_ = 0;           // in the packed sequence
-  int64_t t_ = 0;               // in its document
-  int64_t document_begin_ = 0;  // first token of its document
-  int64_t cmp_block_begin_ = 0;
-  int64_t num_cmp_blocks_ = 0;
+  int64_t token_ = 0;  // in the packed sequence
+  QueryPosition query_;
   std::vector<double> p_;  // probabilities of the head computed last
 };
 
