@@ -1,5 +1,6 @@
 #include "nsa/passes/block_fetch.h"
 
+#include <cstring>
 #include <vector>
 
 namespace nsa {
@@ -68,16 +69,15 @@ absl::Status FetchBlocks(PassContext& context, const kernels::Queries& queries,
 absl::StatusOr<int64_t> ReadFetchCounters(PassContext& context, int piece, void* stream,
                                           RankStats& stats) {
   const int num_ranks = context.plan.num_ranks();
-  FetchCounters counters;
-  std::vector<int64_t> slots_of_rank(num_ranks);
-  const int64_t offset = CountersOffset(context, piece);
+  std::vector<char> bytes(FetchCounterBytes(num_ranks));
   NSA_RETURN_IF_ERROR(context.kernels->CopyToHost(
-      &counters, context.Buffer(kFetchCountersBuffer, offset), sizeof(counters), stream));
-  NSA_RETURN_IF_ERROR(context.kernels->CopyToHost(
-      slots_of_rank.data(),
-      context.Buffer(kFetchCountersBuffer, offset + int64_t{sizeof(counters)}),
-      num_ranks * int64_t{sizeof(int64_t)}, stream));
+      bytes.data(), context.Buffer(kFetchCountersBuffer, CountersOffset(context, piece)),
+      FetchCounterBytes(num_ranks), stream));
   NSA_RETURN_IF_ERROR(context.kernels->Synchronize(stream));
+  FetchCounters counters;
+  std::memcpy(&counters, bytes.data(), sizeof(counters));
+  std::vector<int64_t> slots_of_rank(num_ranks);
+  std::memcpy(slots_of_rank.data(), bytes.data() + sizeof(counters), num_ranks * sizeof(int64_t));
   const int64_t record_bytes = context.layout.record_bytes;
   for (int rank = 0; rank < num_ranks; ++rank) {
     stats.set_block_bytes_from_rank(
