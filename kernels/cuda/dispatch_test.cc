@@ -48,10 +48,33 @@ TEST(DispatchTest, HopperServesItsShapes) {
   dims.num_q_heads = 20;
   ExpectChoices(dims, true, true, true);
   dims.select_block_tokens = 128;
-  ExpectChoices(dims, false, true, true);
-  dims = HopperDims();
-  dims.compress_block_tokens = 64;
-  ExpectChoices(dims, false, true, true);
+  dims.compress_block_tokens = 96;
+  dims.num_selected_blocks = 99;
+  ExpectChoices(dims, true, true, true);
+}
+
+TEST(DispatchTest, HopperRanksItsShapes) {
+  for (int32_t d : {16, 48}) {
+    for (int32_t l : {d, 2 * d, 3 * d, 4 * d, 5 * d, 8 * d}) {
+      for (int32_t block : {d, 2 * d, 3 * d, 4 * d, 6 * d, 8 * d, 9 * d, 16 * d}) {
+        AttentionDims dims = HopperDims();
+        dims.compress_stride_tokens = d;
+        dims.compress_block_tokens = l;
+        dims.select_block_tokens = block;
+        const bool serves_l = l == d || l == 2 * d || l == 4 * d;
+        const bool serves_block = block == 2 * d || block == 4 * d || block == 8 * d;
+        EXPECT_EQ(HasFastRank(dims), serves_l && serves_block && l <= block)
+            << l << " " << d << " " << block;
+        dims.head_dim_v = 64;
+        EXPECT_FALSE(HasFastRank(dims));
+      }
+    }
+  }
+  AttentionDims dims = HopperDims();
+  dims.num_selected_blocks = 35;
+  EXPECT_TRUE(HasFastRank(dims));
+  dims.num_selected_blocks = 36;
+  EXPECT_FALSE(HasFastRank(dims));
 }
 
 TEST(DispatchTest, PortableKernelsServeTheOthers) {

@@ -27,11 +27,19 @@ bool HasFastScoreSelect(const AttentionDims& dims) {
   const int32_t dk = dims.head_dim_qk, dv = dims.head_dim_v;
   const bool has_head_dims =
       (dk == 64 && dv == 64) || (dk == 128 && dv == 128) || (dk == 192 && dv == 128);
+  return has_head_dims && dims.group_size() <= kMaxFastGroup;
+}
+
+bool HasFastRank(const AttentionDims& dims) {
   const int32_t num_free =
       dims.num_selected_blocks - dims.num_initial_blocks - dims.num_local_blocks;
-  return has_head_dims && dims.group_size() <= kMaxFastGroup && num_free <= kMaxFastFree &&
-         dims.compress_block_tokens == 2 * dims.compress_stride_tokens &&
-         dims.select_block_tokens == 4 * dims.compress_stride_tokens;
+  const int32_t cmp_strides = dims.compress_block_tokens / dims.compress_stride_tokens;
+  const int32_t slc_strides = dims.select_block_tokens / dims.compress_stride_tokens;
+  const auto is_one_of = [](int32_t strides, const auto&... of) {
+    return ((strides == of) || ...);
+  };
+  return HasFastScoreSelect(dims) && num_free <= kMaxFastFree && is_one_of(cmp_strides, 1, 2, 4) &&
+         is_one_of(slc_strides, 2, 4, 8) && cmp_strides <= slc_strides;
 }
 
 ScoreSelectScratch CarveScoreSelect(const AttentionDims& dims, const ScoreLimits& limits,
@@ -67,7 +75,12 @@ cudaError_t LaunchScoreSelectFast(const ScoreAndSelectParams& params, const Devi
     if (error != cudaSuccess) return error;
     error = LaunchAttendSummaries(params, scratch, device.num_sms, stream);
     if (error != cudaSuccess) return error;
-    return LaunchRankBlocks(params, scratch, device.num_sms, stream);
+    if (HasFastRank(params.dims)) {
+      return LaunchRankBlocks(params, scratch, device.num_sms, stream);
+    }
+    // In place of the keys that have been read.
+    error = LaunchPackKeysAny(params, scratch, stream);
+    return error != cudaSuccess ? error : LaunchRankBlocksAny(params, scratch, stream);
   });
 }
 

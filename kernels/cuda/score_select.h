@@ -1,10 +1,10 @@
 // Compressed attention, importance and top-n on the GPU: Kernels::ScoreAndSelect without absl.
 //
-// The kernels for Hopper's tensor cores (score_select_attend, score_select_rank) serve head dims
-// (64,64), (128,128) and (192,128), groups of up to 64 heads, l / d = 2, l' / d = 4 and up to 32
-// free places; score_select_attend_any and score_select_rank_any serve all dims on any GPU.
-// Which one is taken depends on the GPU and the dims alone (dispatch.h), so that no result depends
-// on how queries are grouped, placed or aligned.
+// The kernels for Hopper's tensor cores serve head dims (64,64), (128,128) and (192,128) and groups
+// of up to 64 heads: score_select_attend any l, d and l', score_select_rank up to 32 free places,
+// l / d of 1, 2 and 4 and l' / d of 2, 4 and 8 where l <= l'. score_select_attend_any and
+// score_select_rank_any serve all dims on any GPU. Which one is taken depends on the GPU and the
+// dims alone (dispatch.h), so that no result depends on how queries are grouped, placed or aligned.
 #ifndef KERNELS_CUDA_SCORE_SELECT_H_
 #define KERNELS_CUDA_SCORE_SELECT_H_
 
@@ -18,8 +18,10 @@
 
 namespace nsa::kernels::cuda {
 
-// Whether the kernels for Hopper's tensor cores serve `dims`.
+// Whether Hopper's tensor cores attend over summaries for `dims`.
 bool HasFastScoreSelect(const AttentionDims& dims);
+// Whether they rank blocks as well; where not, LaunchScoreSelectFast takes the kernel for any dims.
+bool HasFastRank(const AttentionDims& dims);
 
 // Bytes of scratch that a call within `limits` needs; 256-byte aligned memory.
 size_t ScoreSelectScratchBytes(const AttentionDims& dims, const ScoreLimits& limits);

@@ -23,14 +23,14 @@ constexpr int kRows = kThreads / 32 * kTileRows;
 constexpr int kStepSummaries = 32;
 constexpr int kPackThreads = 256;
 
-// Grid: [2 * tiles, kv heads]. A CTA owns the keys or the values of a tile.
+// Grid: [tiles, kv heads, 1 or 2]. A CTA owns the keys of a tile, or its values.
 __global__ void __launch_bounds__(kPackThreads)
     PackSummariesKernel(const __grid_constant__ ScoreAndSelectParams params,
                         const __grid_constant__ ScoreSelectScratch scratch) {
-  const int32_t index = blockIdx.x / 2, head = params.queries.kv_heads.begin + blockIdx.y;
+  const int32_t index = blockIdx.x, head = params.queries.kv_heads.begin + blockIdx.y;
   const Tile tile = FindTile(params.queries.documents, params.num_documents, index);
   if (tile.num_present == 0) return;
-  const bool is_values = blockIdx.x % 2 != 0;
+  const bool is_values = blockIdx.z != 0;
   const ConstTensor3& from = is_values ? params.vc : params.kc;
   const int32_t head_dim = is_values ? params.dims.head_dim_v : params.dims.head_dim_qk;
   char* const to = static_cast<char*>(is_values ? scratch.values : scratch.keys) +
@@ -142,17 +142,27 @@ cudaError_t Launch(const ScoreAndSelectParams& params, const ScoreSelectScratch&
   }
 }
 
+// Keys, and values where `has_values`.
+cudaError_t PackSummaries(const ScoreAndSelectParams& params, const ScoreSelectScratch& scratch,
+                          bool has_values, cudaStream_t stream) {
+  if (scratch.num_tiles == 0) return cudaSuccess;
+  const dim3 grid(static_cast<unsigned>(scratch.num_tiles),
+                  static_cast<unsigned>(params.queries.kv_heads.size()), has_values ? 2 : 1);
+  PackSummariesKernel<<<grid, kPackThreads, 0, stream>>>(params, scratch);
+  return cudaGetLastError();
+}
+
 }  // namespace
+
+cudaError_t LaunchPackKeysAny(const ScoreAndSelectParams& params, const ScoreSelectScratch& scratch,
+                              cudaStream_t stream) {
+  return PackSummaries(params, scratch, /*has_values=*/false, stream);
+}
 
 cudaError_t LaunchAttendSummariesAny(const ScoreAndSelectParams& params,
                                      const ScoreSelectScratch& scratch, cudaStream_t stream) {
-  if (scratch.num_tiles > 0) {
-    const dim3 grid(static_cast<unsigned>(2 * scratch.num_tiles),
-                    static_cast<unsigned>(params.queries.kv_heads.size()));
-    PackSummariesKernel<<<grid, kPackThreads, 0, stream>>>(params, scratch);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
-  }
+  const cudaError_t error = PackSummaries(params, scratch, /*has_values=*/true, stream);
+  if (error != cudaSuccess) return error;
   return params.dims.dtype == DType::kBF16 ? Launch<__nv_bfloat16>(params, scratch, stream)
                                            : Launch<__half>(params, scratch, stream);
 }

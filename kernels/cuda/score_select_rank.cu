@@ -1,14 +1,16 @@
-// Importance of select blocks and top-n on tensor cores, for l / d = 2 and l' / d = 4.
+// Importance of select blocks and top-n on tensor cores, for l / d of 1, 2 and 4 and l' / d of 2, 4
+// and 8 where l <= l'.
 //
 // Grid: one CTA of 2 consumer warpgroups, 7 selector warps and a producer for each SM. An item is
 // 256 rows of up to 16 queries in a row. 16 rows are of one query: 16 heads, or fewer and rows of
 // zeros; with more than 16 heads, 2 or 4 neighbouring sets of 16 rows are of one query.
 //
 // A consumer warpgroup owns two blocks of 64 rows. While it takes the exponentials of one, the
-// tensor cores multiply the other. A tile of 128 summaries is 32 select blocks. The packed order of
-// summaries gives each thread eight whole blocks of its two rows; seven shuffles sum them over the
-// rows and leave one block in each lane. Selectors rank these sums a chunk of tiles later. The best
-// blocks of a query so far lie sorted in the lanes of a warp, so that length has no limit.
+// tensor cores multiply the other. A tile of 128 summaries is 64, 32 or 16 select blocks. The
+// packed order of summaries gives each thread 16, 8 or 4 whole blocks of its two rows; shuffles sum
+// them over the rows and share them out among lanes. Selectors rank these sums a chunk of tiles
+// later. The best blocks of a query so far lie sorted in the lanes of a warp, so that length has no
+// limit.
 #include <cstdint>
 
 #include "kernels/cuda/ptx.cuh"
@@ -25,59 +27,76 @@ using namespace rank;  // NOLINT: of this kernel alone
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-// What a thread adds up of its two rows: block b of its eight blocks in score[b], but for the
-// summary before its first one, and in `last` the row sum of its last summary.
+// What a thread adds up of its two rows: its blocks, but for what the summaries before its first
+// one add to the first; and what its last summaries add to the block after.
+template <int kStrides, int kReach>
 __device__ __forceinline__ void SumRows(const float (&s)[64], float scale_log2,
-                                        const float (&shift)[2], float (&score)[8], float& last) {
+                                        const float (&shift)[2], float (&score)[32 / kStrides],
+                                        float& last) {
   float before = 0.0f;
 #pragma unroll
-  for (int b = 0; b < 8; ++b) {
-    float sum[4];
+  for (int b = 0; b < 32 / kStrides; ++b) {
+    float sum[kStrides];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kStrides; ++i) {
+      const int summary = kStrides * b + i;
       float p[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float x = __fmaf_rn(s[4 * (2 * b + i / 2) + 2 * r + i % 2], scale_log2, shift[r]);
+        const float x = __fmaf_rn(s[4 * (summary / 2) + 2 * r + summary % 2], scale_log2, shift[r]);
         p[r] = Exp2(x);
       }
       sum[i] = __fadd_rn(p[0], p[1]);
     }
-    // Summary 4j - 1 reaches into block j, 4j + 3 out of it: weights 1, 2, 2, 2, 1.
-    score[b] = __fmaf_rn(2.0f, __fadd_rn(__fadd_rn(sum[0], sum[1]), sum[2]), sum[3]);
-    if (b > 0) score[b] = __fadd_rn(score[b], before);
-    before = sum[3];
+    float next;
+    SumBlock<kStrides, kReach>(sum, score[b], next);
+    if (kReach > 0 && b > 0) score[b] = __fadd_rn(score[b], before);
+    before = next;
   }
   last = before;
 }
 
-// Sums over the eight rows of a warp's threads. Lane 4 * b + c gets block b of the threads at place
-// c, each by the same tree of additions.
-__device__ __forceinline__ float SumOverThreads(const float (&score)[8]) {
-  const int32_t lane = threadIdx.x % 32;
-  float half[4], quarter[2];
-  const bool upper16 = (lane & 16) != 0, upper8 = (lane & 8) != 0, upper4 = (lane & 4) != 0;
+// Sums with the lane `mask` away, of which one keeps the upper half and the other the lower.
+template <int kCount>
+__device__ __forceinline__ void HalveOverThreads(const float (&from)[kCount],
+                                                 float (&to)[kCount / 2], int32_t mask,
+                                                 bool upper) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float keep = upper16 ? score[4 + i] : score[i];
-    const float give = upper16 ? score[i] : score[4 + i];
-    half[i] = __fadd_rn(keep, __shfl_xor_sync(kFullWarp, give, 16));
+  for (int i = 0; i < kCount / 2; ++i) {
+    const float keep = upper ? from[kCount / 2 + i] : from[i];
+    const float give = upper ? from[i] : from[kCount / 2 + i];
+    to[i] = __fadd_rn(keep, __shfl_xor_sync(kFullWarp, give, mask));
   }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float keep = upper8 ? half[2 + i] : half[i];
-    const float give = upper8 ? half[i] : half[2 + i];
-    quarter[i] = __fadd_rn(keep, __shfl_xor_sync(kFullWarp, give, 8));
-  }
-  const float keep = upper4 ? quarter[1] : quarter[0];
-  const float give = upper4 ? quarter[0] : quarter[1];
-  return __fadd_rn(keep, __shfl_xor_sync(kFullWarp, give, 4));
 }
 
-template <class T, int kDk>
+// Sums over the eight rows of a warp's threads, shared out as ScoreOrder says, each by the same
+// tree of additions. `kIsHalf`: the step with the lane 16 away has been done.
+template <bool kIsHalf, int kCount, int kLaneCount>
+__device__ __forceinline__ void SumOverThreads(const float (&score)[kCount],
+                                               float (&sum)[kLaneCount]) {
+  const int32_t lane = threadIdx.x % 32;
+  const bool upper16 = (lane & 16) != 0, upper8 = (lane & 8) != 0, upper4 = (lane & 4) != 0;
+  constexpr int kHalf = kIsHalf ? kCount : kCount / 2;
+  float half[kHalf], quarter[kHalf / 2];
+  if constexpr (kIsHalf) {
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) half[i] = score[i];
+  } else {
+    HalveOverThreads(score, half, 16, upper16);
+  }
+  HalveOverThreads(half, quarter, 8, upper8);
+  if constexpr (kHalf == 2) {
+    sum[0] = __fadd_rn(quarter[0], __shfl_xor_sync(kFullWarp, quarter[0], 4));
+  } else {
+    HalveOverThreads(quarter, sum, 4, upper4);
+  }
+}
+
+template <class T, int kDk, int kStrides, int kReach>
 class Consumer {
  public:
-  using S = Shape<kDk>;
+  using S = Shape<kDk, kStrides>;
+  using Order = typename S::Order;
 
   __device__ __forceinline__ Consumer(const RankArgs& args, const WorkRing& works, uint32_t shared)
       : args_(args),
@@ -96,11 +115,14 @@ class Consumer {
 
  private:
   // What is left to do for a block of rows and a tile: the sum over the rows of a warp's threads.
-  // It is done among the exponentials of the next one, which leave most issue slots free.
+  // It is done among the exponentials of the next one, which leave most issue slots free. With 16
+  // blocks a thread there are not the registers for that: the first step, which halves them, is
+  // done at once, and the rest ahead of the next exponentials.
+  static constexpr bool kHalves = Order::kThreadBlocks == 16;
   struct Pending {
-    float score[8];
-    float before;      // the row sum that goes to the right neighbour's first block
-    uint32_t address;  // of this lane's score; 0: nothing is pending
+    float score[kHalves ? Order::kThreadBlocks / 2 : Order::kThreadBlocks];
+    float before;      // what goes to the right neighbour's first block
+    uint32_t address;  // of this lane's first score; 0: nothing is to be stored
     bool ends_chunk;
     int32_t slot;
   };
@@ -222,23 +244,34 @@ class Consumer {
       }
     }
     Pending next;
-    // The row sum of the summary before a thread's first is with its left neighbour, that before a
+    float score[Order::kThreadBlocks];
+    // What the summaries before a thread's first add is with its left neighbour, of those before a
     // tile with the last thread of the quad since the tile before.
     const float last_of_tile_before = last_[block];
-    SumRows(s, args_.scale_log2, shift_[block], next.score, last_[block]);
+    if constexpr (kHalves) StorePending();
+    SumRows<kStrides, kReach>(s, args_.scale_log2, shift_[block], score, last_[block]);
     next.before = lane_ % 4 == 3 ? last_of_tile_before : last_[block];
-    StorePending();
+    if constexpr (!kHalves) StorePending();
     // A condition that always holds: the assembler keeps barriers and waits in order, and so cannot
     // move exponentials behind the wait for the other block.
-    float all = next.score[0];
+    float all = score[0];
 #pragma unroll
-    for (int b = 1; b < 8; ++b) all += next.score[b];
+    for (int b = 1; b < Order::kThreadBlocks; ++b) all += score[b];
     if (lane_ == 0 && all != -1.0f) BarrierArrive(key_barriers_.Empty(slot));
     TellPending();
 
+    if constexpr (kHalves) {
+      AddBefore(next.before, score);
+      HalveOverThreads(score, next.score, 16, (lane_ & 16) != 0);
+    } else {
+#pragma unroll
+      for (int b = 0; b < Order::kThreadBlocks; ++b) next.score[b] = score[b];
+    }
     if (block == 0 && chunk_tile_ == 0) score_barriers_.WaitEmpty(scores_);
+    const int32_t place = Order::Place(lane_);
     next.address = shared_ + S::ScoreOffset(warpgroup_, scores_.slot) +
-                   ((SetOf(block) * S::kChunkTiles + chunk_tile_) * kTileBlocks + lane_) * 4;
+                   ((SetOf(block) * S::kChunkTiles + chunk_tile_) * Order::kTileBlocks + place) * 4;
+    if (place < 0) next.address = 0;
     next.slot = scores_.slot;
     next.ends_chunk = false;
     if (block == 1) {
@@ -252,11 +285,22 @@ class Consumer {
     pending_ = next;
   }
 
+  // `before` is what this lane gives to its right neighbour.
+  static __device__ __forceinline__ void AddBefore(float before,
+                                                   float (&score)[Order::kThreadBlocks]) {
+    if constexpr (kReach > 0) {
+      const int32_t lane = threadIdx.x % 32;
+      const int32_t left = (lane & ~3) | ((lane + 3) & 3);
+      score[0] = __fadd_rn(score[0], __shfl_sync(kFullWarp, before, left));
+    }
+  }
   __device__ __forceinline__ void StorePending() {
-    const float before = __shfl_sync(kFullWarp, pending_.before, (lane_ & ~3) | ((lane_ + 3) & 3));
-    pending_.score[0] = __fadd_rn(pending_.score[0], before);
-    const float sum = SumOverThreads(pending_.score);
-    if (pending_.address != 0) StoreShared(pending_.address, sum);
+    float sum[Order::kLaneBlocks];
+    if constexpr (!kHalves) AddBefore(pending_.before, pending_.score);
+    SumOverThreads<kHalves>(pending_.score, sum);
+    if (pending_.address == 0) return;
+#pragma unroll
+    for (int i = 0; i < Order::kLaneBlocks; ++i) StoreShared(pending_.address + 128 * i, sum[i]);
   }
   __device__ __forceinline__ void TellPending() {
     if (!pending_.ends_chunk) return;
@@ -298,7 +342,8 @@ class Consumer {
 };
 
 // Tiles are those of blocks that can still be chosen by some query of the group: each begins with a
-// summary that the query sees, so that all of them are seen in part at least.
+// summary that the query sees, as l <= l', so that all of them are seen in part at least.
+template <int kTileBlocks>
 __device__ __forceinline__ Work TakeRankWork(const RankArgs& args) {
   Work work = TakeWork(args.list);
   if (work.kv_head < 0) return work;
@@ -310,18 +355,18 @@ __device__ __forceinline__ Work TakeRankWork(const RankArgs& args) {
   return work;
 }
 
-template <int kDk>
+template <int kDk, int kStrides>
 __device__ __forceinline__ void Produce(const RankArgs& args, const WorkRing& works,
                                         uint32_t shared) {
-  using S = Shape<kDk>;
+  using S = Shape<kDk, kStrides>;
   const RingBarriers<S::kSlots> key_barriers(shared + S::kKeyBarriers);
   WorkRing::Place place;
   RingPlace<S::kSlots> keys;
-  Work next = TakeRankWork(args);
+  Work next = TakeRankWork<S::Order::kTileBlocks>(args);
   works.Tell(place, next);
   while (next.kv_head >= 0) {
     const Work work = next;
-    next = TakeRankWork(args);
+    next = TakeRankWork<S::Order::kTileBlocks>(args);
     works.Tell(place, next);
     if (threadIdx.x % 32 != 0) continue;
     const char* tile = args.keys + (work.kv_head * args.num_tiles + work.first_tile) * S::kKeyBytes;
@@ -334,10 +379,10 @@ __device__ __forceinline__ void Produce(const RankArgs& args, const WorkRing& wo
   }
 }
 
-template <class T, int kDk>
+template <class T, int kDk, int kStrides, int kReach>
 __global__ void __launch_bounds__(kThreads, 1)
     RankBlocksKernel(const __grid_constant__ RankArgs args) {
-  using S = Shape<kDk>;
+  using S = Shape<kDk, kStrides>;
   extern __shared__ char dynamic[];
   __shared__ WorkSlots work_slots;
   const uint32_t padding = (1024 - SharedAddress(dynamic) % 1024) % 1024;
@@ -356,21 +401,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int32_t warp = UniformWarp();
   if (warp < kConsumerWarps) {
     RaiseRegisters<kConsumerRegisters>();
-    Consumer<T, kDk>(args, works, shared).Run();
+    Consumer<T, kDk, kStrides, kReach>(args, works, shared).Run();
   } else {
     LowerRegisters<kSelectorRegisters>();
     if (warp < kConsumerWarps + kSelectorWarps) {
-      Selector<kDk>(args, works, shared, dynamic + padding).Run();
+      Selector<kDk, kStrides>(args, works, shared, dynamic + padding).Run();
     } else {
-      Produce<kDk>(args, works, shared);
+      Produce<kDk, kStrides>(args, works, shared);
     }
   }
 }
 
-template <class T, int kDk>
+template <class T, int kDk, int kStrides, int kReach>
 cudaError_t Launch(const RankArgs& args, int num_ctas, cudaStream_t stream) {
-  constexpr int kBytes = Shape<kDk>::kBytes + 1024;
-  const auto kernel = RankBlocksKernel<T, kDk>;
+  constexpr int kBytes = Shape<kDk, kStrides>::kBytes + 1024;
+  const auto kernel = RankBlocksKernel<T, kDk, kStrides, kReach>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
@@ -378,15 +423,35 @@ cudaError_t Launch(const RankArgs& args, int num_ctas, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <class T>
-cudaError_t LaunchOf(const RankArgs& args, int num_ctas, cudaStream_t stream) {
+template <class T, int kStrides, int kReach>
+cudaError_t LaunchDk(const RankArgs& args, int num_ctas, cudaStream_t stream) {
   switch (args.dims.head_dim_qk) {
     case 64:
-      return Launch<T, 64>(args, num_ctas, stream);
+      return Launch<T, 64, kStrides, kReach>(args, num_ctas, stream);
     case 128:
-      return Launch<T, 128>(args, num_ctas, stream);
+      return Launch<T, 128, kStrides, kReach>(args, num_ctas, stream);
     default:
-      return Launch<T, 192>(args, num_ctas, stream);
+      return Launch<T, 192, kStrides, kReach>(args, num_ctas, stream);
+  }
+}
+
+template <int kStrides, int kReach>
+cudaError_t LaunchBlocks(const RankArgs& args, int num_ctas, cudaStream_t stream) {
+  return args.dims.dtype == DType::kBF16
+             ? LaunchDk<__nv_bfloat16, kStrides, kReach>(args, num_ctas, stream)
+             : LaunchDk<__half, kStrides, kReach>(args, num_ctas, stream);
+}
+
+template <int kStrides>
+cudaError_t LaunchStrides(const RankArgs& args, int num_ctas, cudaStream_t stream) {
+  switch (args.dims.compress_block_tokens / args.dims.compress_stride_tokens) {
+    case 1:
+      return LaunchBlocks<kStrides, 0>(args, num_ctas, stream);
+    case 2:
+      return LaunchBlocks<kStrides, 1>(args, num_ctas, stream);
+    default:
+      if constexpr (kStrides >= 4) return LaunchBlocks<kStrides, 3>(args, num_ctas, stream);
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -425,8 +490,14 @@ RankArgs MakeRankArgs(const ScoreAndSelectParams& params, const ScoreSelectScrat
 cudaError_t LaunchRankBlocks(const ScoreAndSelectParams& params, const ScoreSelectScratch& scratch,
                              int num_sms, cudaStream_t stream) {
   const RankArgs args = MakeRankArgs(params, scratch);
-  return params.dims.dtype == DType::kBF16 ? LaunchOf<__nv_bfloat16>(args, num_sms, stream)
-                                           : LaunchOf<__half>(args, num_sms, stream);
+  switch (params.dims.select_block_tokens / params.dims.compress_stride_tokens) {
+    case 2:
+      return LaunchStrides<2>(args, num_sms, stream);
+    case 4:
+      return LaunchStrides<4>(args, num_sms, stream);
+    default:
+      return LaunchStrides<8>(args, num_sms, stream);
+  }
 }
 
 }  // namespace nsa::kernels::cuda

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/score_select_blocks.h"
 #include "kernels/cuda/score_select_stages.h"
 #include "kernels/cuda/score_select_work.cuh"
 
@@ -32,16 +33,18 @@ constexpr int kConsumerRegisters = 176;
 constexpr int kSelectorRegisters = 80;
 constexpr int kSets = kRankRows / kRankWarpRows;  // of 16 rows
 constexpr int kSetsPerWarpgroup = kSets / kWarpgroups;
-constexpr int kTileBlocks = kTileSummaries / 4;
 constexpr int kScoreSlots = 2;
 
-template <int kDk>
+template <int kDk, int kStrides>
 struct Shape {
+  using Order = ScoreOrder<kStrides>;
   static constexpr int kQueryBytes = 64 * kDk * 2;  // of a block of rows
   static constexpr int kKeyBytes = kTileSummaries * kDk * 2;
   static constexpr int kSlots = kDk == 64 ? 6 : kDk == 128 ? 3 : 2;
-  static constexpr int kChunkTiles = kDk == 192 ? 8 : 16;
-  static constexpr int kScoreBytes = kSetsPerWarpgroup * kChunkTiles * kTileBlocks * 4;
+  static constexpr int kChunkRows = kDk == 192 ? 8 : 16;  // of 32 scores
+  static constexpr int kChunkBlocks = kChunkRows * 32;
+  static constexpr int kChunkTiles = kChunkBlocks / Order::kTileBlocks;
+  static constexpr int kScoreBytes = kSetsPerWarpgroup * kChunkBlocks * 4;
   static constexpr int kKeys = kRankRows / 64 * kQueryBytes;
   static constexpr int kScores = kKeys + kSlots * kKeyBytes;
   static constexpr int kKeyBarriers = kScores + kWarpgroups * kScoreSlots * kScoreBytes;
@@ -49,7 +52,7 @@ struct Shape {
   static constexpr int kBytes = kScoreBarriers + kWarpgroups * RingBarriers<kScoreSlots>::kBytes;
 
   // Of the scores that a warpgroup leaves for its selectors, and the scores
-  // [set][tile of the chunk][lane] themselves.
+  // [set][row of the chunk][lane] themselves.
   static __device__ __forceinline__ RingBarriers<kScoreSlots> ScoreBarriers(uint32_t shared,
                                                                             int32_t warpgroup) {
     return RingBarriers<kScoreSlots>(shared + kScoreBarriers +

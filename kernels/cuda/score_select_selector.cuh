@@ -12,10 +12,11 @@
 namespace nsa::kernels::cuda::rank {
 
 // Ranks every seventh query.
-template <int kDk>
+template <int kDk, int kStrides>
 class Selector {
  public:
-  using S = Shape<kDk>;
+  using S = Shape<kDk, kStrides>;
+  using Order = typename S::Order;
 
   // `data` is `shared` as a pointer.
   __device__ __forceinline__ Selector(const RankArgs& args, const WorkRing& works, uint32_t shared,
@@ -61,8 +62,7 @@ class Selector {
         const int32_t end_query = first_query + kSetsPerWarpgroup / sets_per_query;
 #pragma unroll 1
         for (; query < end_query && query < num_queries; query += kSelectorWarps) {
-          float* const scores =
-              slot + (query - first_query) * sets_per_query * (S::kChunkTiles * kTileBlocks);
+          float* const scores = slot + (query - first_query) * sets_per_query * S::kChunkBlocks;
           BestBlocks ranked = *of_query;
           Rank(scores, sets_per_query, chunk, NumCandidates(work, query), ranked);
           *of_query++ = ranked;
@@ -91,54 +91,54 @@ class Selector {
   // Adds the blocks of tiles [chunk, chunk + kChunkTiles) to the best of a query.
   __device__ __forceinline__ void Rank(float* scores, int32_t sets_per_query, int32_t chunk,
                                        int32_t num_candidates, BestBlocks& best) {
-    float score[S::kChunkTiles];
+    float score[S::kChunkRows];
 #pragma unroll
-    for (int j = 0; j < S::kChunkTiles; ++j) score[j] = scores[j * kTileBlocks + lane_];
+    for (int j = 0; j < S::kChunkRows; ++j) score[j] = scores[j * 32 + lane_];
 #pragma unroll 1
     for (int32_t set = 1; set < sets_per_query; ++set) {
 #pragma unroll
-      for (int j = 0; j < S::kChunkTiles; ++j) {
-        score[j] = __fadd_rn(score[j], scores[(set * S::kChunkTiles + j) * kTileBlocks + lane_]);
+      for (int j = 0; j < S::kChunkRows; ++j) {
+        score[j] = __fadd_rn(score[j], scores[(set * S::kChunkRows + j) * 32 + lane_]);
       }
     }
     __syncwarp();
     auto* const scratch = reinterpret_cast<uint64_t*>(scores);
     // Of free blocks only. What lies past the last tile was left by others, and is past the last
     // free block as well.
-    const int32_t first_block = chunk * kTileBlocks + 8 * (lane_ % 4) + lane_ / 4;
+    const int32_t first_block = chunk * Order::kTileBlocks + Order::FirstBlock(lane_);
     const int32_t begin = args_.dims.num_initial_blocks - first_block;
     const int32_t end = num_candidates - args_.dims.num_local_blocks - first_block;
-    uint32_t key[S::kChunkTiles];
+    uint32_t key[S::kChunkRows];
 #pragma unroll
-    for (int j = 0; j < S::kChunkTiles; ++j) {
-      key[j] = j * kTileBlocks >= begin && j * kTileBlocks < end ? ScoreKey(score[j]) : 0;
+    for (int j = 0; j < S::kChunkRows; ++j) {
+      key[j] = Order::RowBlock(j) >= begin && Order::RowBlock(j) < end ? ScoreKey(score[j]) : 0;
     }
     // Each lane's best, then each lane's second best, until none is better than what there is.
     for (;;) {
       uint32_t top[2] = {0, 0};  // of either half, for a shorter chain
-      int32_t top_tile[2] = {0, S::kChunkTiles / 2};
+      int32_t top_row[2] = {0, S::kChunkRows / 2};
 #pragma unroll
-      for (int j = 0; j < S::kChunkTiles / 2; ++j) {
+      for (int j = 0; j < S::kChunkRows / 2; ++j) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int tile = half * (S::kChunkTiles / 2) + j;
-          if (key[tile] > top[half]) {
-            top[half] = key[tile];
-            top_tile[half] = tile;
+          const int row = half * (S::kChunkRows / 2) + j;
+          if (key[row] > top[half]) {
+            top[half] = key[row];
+            top_row[half] = row;
           }
         }
       }
       const bool is_second = top[1] > top[0];
       const uint32_t best_key = is_second ? top[1] : top[0];
-      const int32_t best_tile = is_second ? top_tile[1] : top_tile[0];
+      const int32_t best_row = is_second ? top_row[1] : top_row[0];
       RankedBlock added;
       if (best_key > 0) {
-        added = {best_key, ~static_cast<uint32_t>(first_block + best_tile * kTileBlocks)};
+        added = {best_key, ~static_cast<uint32_t>(first_block + Order::RowBlock(best_row))};
       }
       if (!best.Add(added, args_.num_free, scratch)) return;
 #pragma unroll
-      for (int j = 0; j < S::kChunkTiles; ++j) {
-        if (j == best_tile) key[j] = 0;
+      for (int j = 0; j < S::kChunkRows; ++j) {
+        if (j == best_row) key[j] = 0;
       }
     }
   }

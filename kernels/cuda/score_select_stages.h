@@ -62,11 +62,14 @@ cudaError_t LaunchPrepareScoreSelect(const ScoreAndSelectParams& params,
 cudaError_t LaunchAttendSummaries(const ScoreAndSelectParams& params,
                                   const ScoreSelectScratch& scratch, int num_sms,
                                   cudaStream_t stream);
-// Block indices, from q, keys and lse.
+// Block indices, from q, keys and lse. For dims that HasFastRank.
 cudaError_t LaunchRankBlocks(const ScoreAndSelectParams& params, const ScoreSelectScratch& scratch,
                              int num_sms, cudaStream_t stream);
 
-// For any GPU and any dims. Packs summaries into tiles; then o_cmp and lse.
+// For any GPU and any dims. Packs keys into tiles.
+cudaError_t LaunchPackKeysAny(const ScoreAndSelectParams& params, const ScoreSelectScratch& scratch,
+                              cudaStream_t stream);
+// Packs keys and values into tiles; then o_cmp and lse.
 cudaError_t LaunchAttendSummariesAny(const ScoreAndSelectParams& params,
                                      const ScoreSelectScratch& scratch, cudaStream_t stream);
 // Block indices, from q, keys and lse.

@@ -259,7 +259,7 @@ const std::vector<int64_t> kDocuments = {1, 31, 32, 700, 2500, 130, 1100, 47};
 
 TEST_P(ScoreSelectTest, DefaultHeads) {
   const ReferenceConfig config = Config(32, 2, 128, 128);
-  ASSERT_TRUE(HasFastScoreSelect(test::MakeDims(config, DType::kBF16)));
+  ASSERT_TRUE(HasFastRank(test::MakeDims(config, DType::kBF16)));
   CheckAll(GetParam(), config, kDocuments, {.dtype = DType::kBF16}, 1);
   CheckAll(GetParam(), config, {1500, 2600}, {.dtype = DType::kF16}, 2);
 }
@@ -274,7 +274,7 @@ TEST_P(ScoreSelectTest, OtherHeadDims) {
 TEST_P(ScoreSelectTest, GroupSizes) {
   for (const int64_t group : {1, 3, 4, 8, 12, 20, 32, 48, 64}) {
     const ReferenceConfig config = Config(2 * group, 2, 128, 128);
-    ASSERT_TRUE(HasFastScoreSelect(test::MakeDims(config, DType::kBF16)));
+    ASSERT_TRUE(HasFastRank(test::MakeDims(config, DType::kBF16)));
     CheckAll(GetParam(), config, {300, 1700}, {.dtype = DType::kBF16}, 10 + group);
   }
 }
@@ -286,7 +286,7 @@ TEST_P(ScoreSelectTest, NumbersOfBlocks) {
     config.num_selected_blocks = selected;
     config.num_initial_blocks = initial;
     config.num_local_blocks = local;
-    ASSERT_TRUE(HasFastScoreSelect(test::MakeDims(config, DType::kBF16)));
+    ASSERT_TRUE(HasFastRank(test::MakeDims(config, DType::kBF16)));
     CheckAll(GetParam(), config, {900, 3300}, {.dtype = DType::kBF16}, 30 + selected);
   }
 }
@@ -296,19 +296,64 @@ TEST_P(ScoreSelectTest, ExtremeLogits) {
            {.dtype = DType::kBF16, .logit_scale = 30.0}, 40);
 }
 
+ReferenceConfig WithBlocks(ReferenceConfig config, int64_t l, int64_t d, int64_t block,
+                           int64_t selected) {
+  config.compress_block_tokens = l;
+  config.compress_stride_tokens = d;
+  config.select_block_tokens = block;
+  config.num_selected_blocks = selected;
+  return config;
+}
+
+// Every l / d and l' / d that Hopper's ranking kernel serves.
+TEST_P(ScoreSelectTest, BlockShapes) {
+  for (const int64_t cmp_strides : {1, 2, 4}) {
+    for (const int64_t slc_strides : {2, 4, 8}) {
+      if (cmp_strides > slc_strides) continue;
+      for (const int64_t d : {16, 32}) {
+        const int64_t group = d == 16 ? 16 : 20;  // one or two sets of 16 rows a query
+        const ReferenceConfig config =
+            WithBlocks(Config(group, 1, 64, 64), cmp_strides * d, d, slc_strides * d, 5);
+        ASSERT_TRUE(HasFastRank(test::MakeDims(config, DType::kBF16)));
+        CheckAll(GetParam(), config, {1, 40, 70 * d, 130 * d + 7, 333}, {.dtype = DType::kBF16},
+                 100 + 10 * cmp_strides + slc_strides);
+      }
+    }
+  }
+  // Chunks of scores end elsewhere for 192 dimensions; f16.
+  for (const auto& [l, block] : {std::pair{16, 32}, std::pair{64, 64}, std::pair{32, 128}}) {
+    const ReferenceConfig config = WithBlocks(Config(16, 1, 192, 128), l, 16, block, 16);
+    ASSERT_TRUE(HasFastRank(test::MakeDims(config, DType::kF16)));
+    CheckAll(GetParam(), config, {4000}, {.dtype = DType::kF16}, 150 + l);
+  }
+}
+
+// Hopper attends, and the kernel for any dims ranks.
+TEST_P(ScoreSelectTest, HopperAttendsAlone) {
+  struct Case {
+    int64_t q_heads, kv_heads, dk, dv, l, d, block, selected;
+  };
+  for (const Case& c : {Case{4, 2, 64, 64, 16, 16, 16, 16}, Case{32, 2, 128, 128, 64, 16, 32, 16},
+                        Case{16, 1, 192, 128, 96, 16, 48, 5}, Case{64, 1, 64, 64, 320, 16, 64, 4},
+                        Case{16, 2, 128, 128, 32, 16, 64, 40}}) {
+    const ReferenceConfig config =
+        WithBlocks(Config(c.q_heads, c.kv_heads, c.dk, c.dv), c.l, c.d, c.block, c.selected);
+    const AttentionDims dims = test::MakeDims(config, DType::kBF16);
+    ASSERT_TRUE(HasFastScoreSelect(dims) && !HasFastRank(dims));
+    CheckAll(GetParam(), config, {1, 40, 1500, 333, 3000}, {.dtype = DType::kBF16}, 80 + c.l);
+  }
+}
+
 // What no Hopper kernel serves.
 TEST_P(ScoreSelectTest, OtherShapes) {
   struct Case {
     int64_t q_heads, kv_heads, dk, dv, l, d, block, selected;
   };
-  for (const Case& c : {Case{4, 2, 64, 64, 16, 16, 16, 16}, Case{8, 2, 128, 64, 64, 16, 64, 16},
+  for (const Case& c : {Case{4, 2, 64, 256, 16, 16, 16, 16}, Case{8, 2, 128, 64, 64, 16, 64, 16},
                         Case{4, 1, 256, 192, 32, 32, 128, 5}, Case{20, 2, 192, 256, 32, 16, 64, 16},
                         Case{130, 1, 64, 64, 96, 16, 48, 40}, Case{4, 4, 64, 128, 32, 16, 32, 8}}) {
-    ReferenceConfig config = Config(c.q_heads, c.kv_heads, c.dk, c.dv);
-    config.compress_block_tokens = c.l;
-    config.compress_stride_tokens = c.d;
-    config.select_block_tokens = c.block;
-    config.num_selected_blocks = c.selected;
+    const ReferenceConfig config =
+        WithBlocks(Config(c.q_heads, c.kv_heads, c.dk, c.dv), c.l, c.d, c.block, c.selected);
     ASSERT_FALSE(HasFastScoreSelect(test::MakeDims(config, DType::kBF16)));
     CheckAll(GetParam(), config, {1, 40, 1500, 333}, {.dtype = DType::kBF16}, 50 + c.l + c.dk);
   }
@@ -321,11 +366,8 @@ TEST_P(ScoreSelectTest, LongListsAndBlocks) {
   };
   for (const Case& c : {Case{4, 16, 16, 16, 4096, 70000}, Case{4, 16, 16, 16, 900, 20000},
                         Case{40, 4096, 16, 4096, 4, 40000}, Case{4, 4096, 32, 16 * 32, 7, 40000}}) {
-    ReferenceConfig config = Config(c.q_heads, 1, 256, 64);
-    config.compress_block_tokens = c.l;
-    config.compress_stride_tokens = c.d;
-    config.select_block_tokens = c.block;
-    config.num_selected_blocks = c.selected;
+    const ReferenceConfig config =
+        WithBlocks(Config(c.q_heads, 1, 256, 64), c.l, c.d, c.block, c.selected);
     SCOPED_TRACE(test::Describe(config));
     const ScoreSelectProblem problem =
         MakeLongProblem(config, DType::kBF16, c.num_tokens, 100, 70 + c.selected);
@@ -339,15 +381,20 @@ TEST_P(ScoreSelectTest, LongListsAndBlocks) {
 
 // Blocks whose summaries are equal score the same, and ties go to the lower index.
 TEST_P(ScoreSelectTest, Ties) {
-  ScoreSelectProblem problem =
-      MakeLongProblem(Config(16, 1, 128, 128), DType::kBF16, 12000, 12000, 60);
-  const int64_t row_bytes = 128 * 2, period = 4 * 37;  // 37 different blocks, over and over
-  for (int64_t i = period; i < problem.num_cmp_blocks; ++i) {
-    std::copy_n(&problem.kc[(i % period) * row_bytes], row_bytes, &problem.kc[i * row_bytes]);
+  for (const int64_t strides : {2, 4, 8}) {
+    SCOPED_TRACE(strides);
+    ScoreSelectProblem problem =
+        MakeLongProblem(WithBlocks(Config(16, 1, 128, 128), 32, 16, 16 * strides, 16), DType::kBF16,
+                        12000, 12000, 60);
+    const int64_t row_bytes = 128 * 2;
+    const int64_t period = 37 * strides;  // 37 different blocks, over and over
+    for (int64_t i = period; i < problem.num_cmp_blocks; ++i) {
+      std::copy_n(&problem.kc[(i % period) * row_bytes], row_bytes, &problem.kc[i * row_bytes]);
+    }
+    const auto outputs = RunScoreSelect(problem, {.path = GetParam()});
+    ASSERT_EQ(outputs.error, cudaSuccess);
+    ExpectAgreesWithCpu(problem, outputs, 0.0);
   }
-  const auto outputs = RunScoreSelect(problem, {.path = GetParam()});
-  ASSERT_EQ(outputs.error, cudaSuccess);
-  ExpectAgreesWithCpu(problem, outputs, 0.0);
 }
 
 TEST_P(ScoreSelectTest, AllTheSame) {
@@ -370,12 +417,17 @@ TEST_P(ScoreSelectTest, AllTheSame) {
 
 // Many tiles, and scores that rise or fall with the position.
 TEST_F(HopperScoreSelectTest, LongDocuments) {
-  for (const auto& [dk, num_tokens] :
-       {std::pair{64, 100000}, std::pair{128, 200000}, std::pair{192, 50000}}) {
-    const ScoreSelectProblem random =
-        MakeLongProblem(Config(16, 1, dk, dk == 192 ? 128 : dk), DType::kBF16, num_tokens, 300, 62);
+  struct Case {
+    int64_t dk, num_tokens, l, block;
+  };
+  for (const auto& [dk, num_tokens, l, block] :
+       {Case{64, 100000, 32, 64}, Case{128, 200000, 32, 64}, Case{192, 50000, 32, 64},
+        Case{64, 60000, 16, 32}, Case{128, 60000, 32, 32}, Case{192, 60000, 64, 128}}) {
+    const ReferenceConfig config =
+        WithBlocks(Config(16, 1, dk, dk == 192 ? 128 : dk), l, 16, block, 16);
+    const ScoreSelectProblem random = MakeLongProblem(config, DType::kBF16, num_tokens, 300, 62);
     for (const double slope : {0.0, 1.0, -1.0}) {
-      SCOPED_TRACE(absl::StrCat(dk, " slope ", slope));
+      SCOPED_TRACE(absl::StrCat(test::Describe(config), " slope ", slope));
       ScoreSelectProblem problem = random;
       if (slope != 0.0) {
         // The first dimension of q is 4, that of a summary rises or falls along the document.
