@@ -1,7 +1,9 @@
 // Times the kernels of the compressed branch on one GPU: bf16, 64 query and 4 kv heads of 128,
-// l 32, d 16, l' 64, n 16, one document. Usage: score_select_benchmark [tokens...]
+// n 16, one document. Usage: score_select_benchmark [--blocks=l,d,l'] [tokens...], 32,16,64 if not
+// said.
 //
-// Each figure is the median of 10 runs with a cold L2. TFLOP/s count what a query sees only.
+// Each figure is the median of 10 runs with a cold L2. TFLOP/s count what a query sees only. "rank"
+// is of the kernel for any dims where Hopper's does not serve; "any" is all of it by such kernels.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -22,6 +24,7 @@ constexpr int kRuns = 10;
 constexpr size_t kFlushBytes = size_t{256} << 20;
 constexpr int64_t kDistinctTokens = 8192;  // of q; the rest repeats them
 
+// But for the blocks, what all shapes have in common.
 constexpr AttentionDims kDims{.dtype = DType::kBF16,
                               .num_q_heads = 64,
                               .num_kv_heads = 4,
@@ -82,19 +85,19 @@ double MedianMilliseconds(const TestMemory& flush, const std::function<cudaError
   return times[times.size() / 2];
 }
 
-void Run(int64_t num_tokens, int num_sms, const std::vector<uint16_t>& some_q,
-         const TestMemory& flush) {
-  const AttentionDims& dims = kDims;
+void Run(const AttentionDims& dims, int64_t num_tokens, int num_sms,
+         const std::vector<uint16_t>& some_q, const TestMemory& flush) {
   const int64_t q_row = int64_t{dims.num_q_heads} * dims.head_dim_qk;
   const int64_t kv_row = int64_t{dims.num_kv_heads} * dims.head_dim_qk;
   const int64_t num_blocks =
       (num_tokens - dims.compress_block_tokens) / dims.compress_stride_tokens + 1;
-  const Document document{.token_begin = 0,
-                          .num_tokens = num_tokens,
-                          .cmp_block_begin = 0,
-                          .num_cmp_blocks = num_blocks,
-                          .slc_block_begin = 0,
-                          .num_slc_blocks = (num_tokens + 63) / 64};
+  const Document document{
+      .token_begin = 0,
+      .num_tokens = num_tokens,
+      .cmp_block_begin = 0,
+      .num_cmp_blocks = num_blocks,
+      .slc_block_begin = 0,
+      .num_slc_blocks = (num_tokens + dims.select_block_tokens - 1) / dims.select_block_tokens};
   const Segment segment{
       .row = 0, .num_tokens = num_tokens, .position = 0, .document = 0, .is_halo = 0};
   const TestMemory documents(&document, sizeof(document)), segments(&segment, sizeof(segment));
@@ -137,16 +140,23 @@ void Run(int64_t num_tokens, int num_sms, const std::vector<uint16_t>& some_q,
   const double prepare = MedianMilliseconds(flush, nothing, prepares);
   const double attend = MedianMilliseconds(
       flush, prepares, [&] { return LaunchAttendSummaries(params, carved, num_sms, nullptr); });
-  const double rank = MedianMilliseconds(
-      flush, prepares, [&] { return LaunchRankBlocks(params, carved, num_sms, nullptr); });
+  const auto packs = [&] {
+    return HasFastRank(dims) ? prepares() : LaunchPackKeysAny(params, carved, nullptr);
+  };
+  const double rank = MedianMilliseconds(flush, packs, [&] {
+    return HasFastRank(dims) ? LaunchRankBlocks(params, carved, num_sms, nullptr)
+                             : LaunchRankBlocksAny(params, carved, nullptr);
+  });
+  const double any = MedianMilliseconds(
+      flush, nothing, [&] { return LaunchScoreSelectAny(params, device, nullptr); });
 
   double visible = 0;
   for (int64_t t = dims.compress_block_tokens - 1; t < num_tokens; ++t) {
     visible += (t + 1 - dims.compress_block_tokens) / dims.compress_stride_tokens + 1;
   }
   const double product = visible * dims.num_q_heads * dims.head_dim_qk * 2;  // FLOP of q.kc
-  std::printf("%8ld %9.3f %9.3f %9.3f %6.0f %9.3f %6.0f\n", static_cast<long>(num_tokens), all,
-              prepare, attend, 2 * product / attend * 1e-9, rank, product / rank * 1e-9);
+  std::printf("%8ld %9.3f %9.3f %9.3f %6.0f %9.3f %6.0f %9.3f\n", static_cast<long>(num_tokens),
+              all, prepare, attend, 2 * product / attend * 1e-9, rank, product / rank * 1e-9, any);
   std::fflush(stdout);
 }
 
@@ -161,14 +171,20 @@ int main(int argc, char** argv) {
   }
   int num_sms = 0;
   cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0);
+  nsa::kernels::AttentionDims dims = kDims;
   std::vector<int64_t> lengths;
-  for (int i = 1; i < argc; ++i) lengths.push_back(std::atoll(argv[i]));
+  for (int i = 1; i < argc; ++i) {
+    const int num_read = std::sscanf(argv[i], "--blocks=%d,%d,%d", &dims.compress_block_tokens,
+                                     &dims.compress_stride_tokens, &dims.select_block_tokens);
+    if (num_read == 0) lengths.push_back(std::atoll(argv[i]));
+  }
   if (lengths.empty()) lengths = {8192, 16384, 32768, 65536, 131072};
   const TestMemory flush(kFlushBytes);
   const std::vector<uint16_t> q =
       RandomValues(kDistinctTokens * kDims.num_q_heads * kDims.head_dim_qk, 1);
-  std::printf("%8s %9s %9s %9s %6s %9s %6s\n", "tokens", "all ms", "prepare", "attend", "TF/s",
-              "rank", "TF/s");
-  for (const int64_t length : lengths) Run(length, num_sms, q, flush);
+  std::printf("l %d d %d l' %d\n%8s %9s %9s %9s %6s %9s %6s %9s\n", dims.compress_block_tokens,
+              dims.compress_stride_tokens, dims.select_block_tokens, "tokens", "all ms", "prepare",
+              "attend", "TF/s", "rank", "TF/s", "any");
+  for (const int64_t length : lengths) Run(dims, length, num_sms, q, flush);
   return 0;
 }
