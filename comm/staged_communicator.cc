@@ -144,10 +144,84 @@ absl::Status StagedWindow::Release(void* stream) {
   return on_host_->Release(stream);
 }
 
+// Over a window that lies in device memory.
+class DirectWindow final : public Window {
+ public:
+  DirectWindow(Base* base, std::vector<int64_t> window_bytes, std::unique_ptr<Window> inner)
+      : base_(*base), window_bytes_(std::move(window_bytes)), inner_(std::move(inner)) {}
+
+  void* data() override { return inner_->data(); }
+  int64_t num_bytes() const override { return inner_->num_bytes(); }
+  absl::Status BeginWrite(void* stream) override;
+  absl::Status Publish(void* stream) override;
+  absl::Status Gather(const GatherList& list, int64_t record_bytes, void* dst,
+                      void* stream) override;
+  absl::Status Release(void* stream) override;
+
+ private:
+  Base& base_;
+  const std::vector<int64_t> window_bytes_;  // [size]
+  const std::unique_ptr<Window> inner_;
+  WindowOrder order_;
+};
+
+absl::Status DirectWindow::BeginWrite(void* stream) {
+  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
+  if (absl::Status s = order_.BeginWrite(); !s.ok()) return s;
+  return inner_->BeginWrite(stream);
+}
+
+absl::Status DirectWindow::Publish(void* stream) {
+  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
+  if (absl::Status s = order_.Publish(); !s.ok()) return s;
+  absl::Status status = base_.memory().Synchronize(stream);
+  return status.ok() ? inner_->Publish(stream) : base_.Fail(std::move(status));
+}
+
+absl::Status DirectWindow::Gather(const GatherList& list, int64_t record_bytes, void* dst,
+                                  void* stream) {
+  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
+  if (absl::Status s = order_.Gather(); !s.ok()) return s;
+  const auto copy = [&](void* to, const void* from, int64_t num_bytes) {
+    return base_.CopyNow(to, from, num_bytes, stream);
+  };
+  absl::StatusOr<HostGatherList> read =
+      ReadGatherList(list, record_bytes, dst, window_bytes_, copy);
+  if (!read.ok()) return base_.Fail(read.status());
+  const int32_t own = base_.host().rank();
+  const int64_t count = static_cast<int64_t>(read->peers.size());
+  absl::Status status;
+  for (int64_t begin = 0, end = 0; begin < count; begin = end) {
+    char* const to = static_cast<char*>(dst) + begin * record_bytes;
+    if (read->peers[begin] == own) {
+      end = begin + 1;
+      status = base_.memory().Copy(to, static_cast<char*>(data()) + read->offsets[begin],
+                                   record_bytes, stream);
+      if (!status.ok()) return base_.Fail(std::move(status));
+      continue;
+    }
+    while (end < count && read->peers[end] != own) ++end;
+    const int32_t records = static_cast<int32_t>(end - begin);
+    status = inner_->Gather({&read->peers[begin], &read->offsets[begin], &records, records},
+                            record_bytes, to, stream);
+    if (!status.ok()) return status;
+  }
+  return base_.Fail(base_.memory().Synchronize(stream));
+}
+
+absl::Status DirectWindow::Release(void* stream) {
+  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
+  if (absl::Status s = order_.Release(); !s.ok()) return s;
+  return inner_->Release(stream);
+}
+
 class StagedCommunicator final : public Communicator {
  public:
-  StagedCommunicator(std::unique_ptr<Communicator> host, std::shared_ptr<DeviceMemory> memory)
-      : base_(std::move(host), std::move(memory)), staging_(base_.memory()) {}
+  StagedCommunicator(std::unique_ptr<Communicator> host, std::shared_ptr<DeviceMemory> memory,
+                     bool windows_on_device)
+      : base_(std::move(host), std::move(memory)),
+        windows_on_device_(windows_on_device),
+        staging_(base_.memory()) {}
 
   int rank() const override { return base_.host().rank(); }
   int size() const override { return base_.host().size(); }
@@ -165,6 +239,7 @@ class StagedCommunicator final : public Communicator {
 
  private:
   mutable Base base_;
+  const bool windows_on_device_;
   Staging staging_;
 };
 
@@ -258,6 +333,9 @@ absl::StatusOr<std::unique_ptr<Window>> StagedCommunicator::CreateWindow(int64_t
     }
     window_bytes.push_back(bytes);
   }
+  if (windows_on_device_) {
+    return std::make_unique<DirectWindow>(&base_, std::move(window_bytes), *std::move(on_host));
+  }
   return std::make_unique<StagedWindow>(&base_, std::move(window_bytes), *std::move(on_host),
                                         *std::move(data));
 }
@@ -265,8 +343,10 @@ absl::StatusOr<std::unique_ptr<Window>> StagedCommunicator::CreateWindow(int64_t
 }  // namespace
 
 std::unique_ptr<Communicator> StageThroughHost(std::unique_ptr<Communicator> host,
-                                               std::shared_ptr<DeviceMemory> memory) {
-  return std::make_unique<StagedCommunicator>(std::move(host), std::move(memory));
+                                               std::shared_ptr<DeviceMemory> memory,
+                                               bool windows_on_device) {
+  return std::make_unique<StagedCommunicator>(std::move(host), std::move(memory),
+                                              windows_on_device);
 }
 
 }  // namespace nsa::comm

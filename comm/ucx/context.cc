@@ -54,7 +54,8 @@ bool AreHostTransports(absl::string_view tls) {
   });
 }
 
-absl::StatusOr<Context> MakeContext(const std::string& tls, const std::string& net_devices) {
+absl::StatusOr<Context> MakeContext(const std::string& tls, const std::string& net_devices,
+                                    bool copied_sends) {
   ucp_config_t* raw_config = nullptr;
   if (ucs_status_t s = ucp_config_read(nullptr, nullptr, &raw_config); s != UCS_OK) {
     return UcsError("ucp_config_read", s);
@@ -67,8 +68,8 @@ absl::StatusOr<Context> MakeContext(const std::string& tls, const std::string& n
       // Without this, shared memory is left out of endpoints that report errors (UCX 1.13).
       {"MM_ERROR_HANDLING", "y"},
       // Every message goes as one segment, copied: see RemoteReads for why.
-      {"ZCOPY_THRESH", "inf"},
-      {"RNDV_THRESH", "inf"},
+      {"ZCOPY_THRESH", copied_sends ? "inf" : ""},
+      {"RNDV_THRESH", copied_sends ? "inf" : ""},
       {"TCP_TX_SEG_SIZE", segment},
       {"TCP_RX_SEG_SIZE", segment},
       {"MM_SEG_SIZE", segment},
@@ -93,6 +94,13 @@ absl::StatusOr<Context> MakeContext(const std::string& tls, const std::string& n
     return UcsError("ucp_init", s);
   }
   return Context(context);
+}
+
+bool MovesCudaMemory(ucp_context_h context) {
+  ucp_context_attr_t attributes = {};
+  attributes.field_mask = UCP_ATTR_FIELD_MEMORY_TYPES;
+  return ucp_context_query(context, &attributes) == UCS_OK &&
+         (attributes.memory_types & UCS_BIT(UCS_MEMORY_TYPE_CUDA)) != 0;
 }
 
 }  // namespace nsa::comm::ucx

@@ -17,6 +17,7 @@
 #include "comm/ucx/ucx_window.h"
 #include "comm/ucx/window_board.h"
 #include "comm/ucx/worker.h"
+#include "comm/wire.h"
 
 namespace nsa::comm {
 namespace ucx {
@@ -35,6 +36,8 @@ class Impl final : public HostCommunicator, private MessageHandler {
   ~Impl() override;
 
   absl::Status Start();
+  // Windows lie in device memory, and peers read them there.
+  bool windows_on_device() const { return windows_on_device_; }
 
   void Abort(absl::string_view reason) override;
 
@@ -58,6 +61,7 @@ class Impl final : public HostCommunicator, private MessageHandler {
 
   const UcxOptions options_;
   const std::unique_ptr<Bootstrap> bootstrap_;
+  bool windows_on_device_ = false;
   std::unique_ptr<Worker> worker_;
   // Guarded by the worker's mutex, as is all below.
   std::unique_ptr<RemoteReads> reads_;
@@ -69,7 +73,7 @@ class Impl final : public HostCommunicator, private MessageHandler {
 
 absl::Status Impl::Start() {
   const WorkerOptions worker_options = {ChooseTransports(options_.tls), options_.net_devices,
-                                        options_.poll_time};
+                                        options_.poll_time, options_.device_memory != nullptr};
   absl::StatusOr<std::unique_ptr<Worker>> worker =
       Worker::Create(rank(), size(), worker_options, &health());
   // A rank that cannot start leaves, and the others hear why.
@@ -83,9 +87,18 @@ absl::Status Impl::Start() {
 
   absl::StatusOr<std::string> address = worker_->Address();
   if (!address.ok()) return health().Break(address.status());
+  WireWriter mine;
+  mine.PutInt64(worker_->moves_cuda_memory() ? 1 : 0);
+  mine.PutString(*address);
   absl::StatusOr<std::vector<std::string>> addresses =
-      bootstrap_->AllGather(*address, options_.connect_timeout, "connecting");
+      bootstrap_->AllGather(mine.bytes(), options_.connect_timeout, "connecting");
   if (!addresses.ok()) return health().Break(addresses.status());
+  windows_on_device_ = true;
+  for (std::string& theirs : *addresses) {
+    WireReader reader(theirs);
+    windows_on_device_ &= reader.GetInt64() == 1;
+    theirs = reader.GetString();
+  }
   if (absl::Status s = worker_->Connect(*addresses, this); !s.ok()) return health().Break(s);
   bootstrap_->SetPeerHandler([this](const PeerEvent& event) { OnPeerEvent(event); });
   // Makes the connections, and shows now what would fail later.
@@ -178,7 +191,9 @@ absl::StatusOr<std::unique_ptr<HostWindow>> Impl::AllocateWindow(int64_t num_byt
   absl::MutexLock lock(&worker_->mu());
   const int64_t id = board_->Add();
   absl::StatusOr<std::unique_ptr<MappedMemory>> memory =
-      MappedMemory::Allocate(worker_->context(), num_bytes);
+      windows_on_device_
+          ? MappedMemory::AllocateCuda(worker_->context(), num_bytes, *options_.device_memory)
+          : MappedMemory::Allocate(worker_->context(), num_bytes);
   if (!memory.ok()) {
     board_->Retire(id, 0, nullptr, /*tell=*/true);
     return memory.status();
@@ -229,7 +244,8 @@ absl::StatusOr<std::unique_ptr<Communicator>> UcxCommunicator::Create(
   auto communicator = std::make_unique<ucx::Impl>(std::move(bootstrap), options);
   if (absl::Status s = communicator->Start(); !s.ok()) return s;
   if (options.device_memory == nullptr) return communicator;
-  return StageThroughHost(std::move(communicator), options.device_memory);
+  const bool windows_on_device = communicator->windows_on_device();
+  return StageThroughHost(std::move(communicator), options.device_memory, windows_on_device);
 }
 
 }  // namespace nsa::comm

@@ -25,8 +25,9 @@ struct UcxOptions {
   std::string net_devices;
 
   // Where buffers, windows and lists lie, such as CreateCudaMemory of comm/cuda_memory.h; null: in
-  // host memory. Bytes go through the host, as comm/staged_communicator.h says: a call waits for
-  // what its stream, one of the device's, holds, and has finished when it returns.
+  // host memory. A call waits for what its stream, one of the device's, holds, and has finished
+  // when it returns. Bytes go through the host (comm/staged_communicator.h), but for a Gather from
+  // windows of CUDA devices with a UCX that has transports for these.
   std::shared_ptr<DeviceMemory> device_memory;
 
   // Reads of one Gather under way at a time. Over TCP a single one is bound by latency.

@@ -45,6 +45,29 @@ absl::StatusOr<std::unique_ptr<MappedMemory>> MappedMemory::Allocate(ucp_context
   return memory;
 }
 
+absl::StatusOr<std::unique_ptr<MappedMemory>> MappedMemory::AllocateCuda(ucp_context_h context,
+                                                                         int64_t num_bytes,
+                                                                         DeviceMemory& device) {
+  const int64_t length = std::max<int64_t>(num_bytes, 1);
+  absl::StatusOr<DeviceMemory::Block> block = device.Allocate(length);
+  if (!block.ok()) return block.status();
+  ucp_mem_map_params_t params = {};
+  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH |
+                      UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+  params.address = block->get();
+  params.length = length;
+  params.memory_type = UCS_MEMORY_TYPE_CUDA;
+  ucp_mem_h handle = nullptr;
+  if (ucs_status_t s = ucp_mem_map(context, &params, &handle); s != UCS_OK) {
+    return UcsError("ucp_mem_map", s);
+  }
+  std::unique_ptr<MappedMemory> memory(new MappedMemory(context, handle));
+  memory->block_ = *std::move(block);
+  memory->data_ = memory->block_.get();
+  memory->num_bytes_ = num_bytes;
+  return memory;
+}
+
 MappedMemory::~MappedMemory() { ucp_mem_unmap(context_, handle_); }
 
 int64_t WindowBoard::Add() {

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "comm/device_memory.h"
 #include "comm/ucx/handles.h"
 #include "comm/ucx/remote_reads.h"
 #include "comm/ucx/worker.h"
@@ -22,6 +23,10 @@ class MappedMemory {
  public:
   static absl::StatusOr<std::unique_ptr<MappedMemory>> Allocate(ucp_context_h context,
                                                                 int64_t num_bytes);
+  // Memory of a CUDA device.
+  static absl::StatusOr<std::unique_ptr<MappedMemory>> AllocateCuda(ucp_context_h context,
+                                                                    int64_t num_bytes,
+                                                                    DeviceMemory& device);
   ~MappedMemory();
   MappedMemory(const MappedMemory&) = delete;
   MappedMemory& operator=(const MappedMemory&) = delete;
@@ -35,6 +40,7 @@ class MappedMemory {
 
   const ucp_context_h context_;
   const ucp_mem_h handle_;
+  DeviceMemory::Block block_;  // of a device
   char* data_ = nullptr;
   int64_t num_bytes_ = 0;
 };

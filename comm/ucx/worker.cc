@@ -44,7 +44,16 @@ absl::StatusOr<std::unique_ptr<Worker>> Worker::Create(int rank, int size,
                                                        const WorkerOptions& options,
                                                        Health* health) {
   std::unique_ptr<Worker> worker(new Worker(rank, size, options, health));
-  absl::StatusOr<Context> context = MakeContext(options.tls, options.net_devices);
+  absl::StatusOr<Context> context =
+      options.cuda ? MakeContext(absl::StrCat(options.tls, ",", kCudaTransports),
+                                 options.net_devices, /*copied_sends=*/false)
+                   : MakeContext(options.tls, options.net_devices, /*copied_sends=*/true);
+  if (options.cuda && context.ok() && MovesCudaMemory(context->get())) {
+    worker->moves_cuda_memory_ = true;
+    worker->copies_only_when_driven_ = false;
+  } else if (options.cuda) {
+    context = MakeContext(options.tls, options.net_devices, /*copied_sends=*/true);
+  }
   if (!context.ok()) return context.status();
   worker->context_ = *std::move(context);
 

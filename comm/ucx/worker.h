@@ -36,6 +36,8 @@ struct WorkerOptions {
   std::string tls;
   std::string net_devices;
   absl::Duration poll_time;
+  // Use the transports for CUDA memory too, if UCX has them.
+  bool cuda = false;
 };
 
 // Takes what arrives. Called with the worker's mutex held.
@@ -71,6 +73,8 @@ class Worker {
   absl::Mutex& mu() ABSL_LOCK_RETURNED(mu_) { return mu_; }
   // True if a worker that is not driven leaves the caller's memory alone.
   bool copies_only_when_driven() const { return copies_only_when_driven_; }
+  // True if peers can read CUDA memory of this rank, and reads can go there.
+  bool moves_cuda_memory() const { return moves_cuda_memory_; }
   ucp_context_h context() const { return context_.get(); }
   ucp_ep_h endpoint(int peer) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     return peers_[peer].endpoint;
@@ -173,7 +177,8 @@ class Worker {
 
   const int rank_;
   const WorkerOptions options_;
-  const bool copies_only_when_driven_;
+  bool copies_only_when_driven_;
+  bool moves_cuda_memory_ = false;
   Health* const health_;
   MessageHandler* handler_ = nullptr;
 
