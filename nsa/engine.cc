@@ -1,14 +1,19 @@
 #include "nsa/engine.h"
 
+#include <algorithm>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "nsa/passes/agreement.h"
+#include "nsa/passes/backward.h"
 #include "nsa/passes/block_fetch.h"
 #include "nsa/passes/context.h"
 #include "nsa/passes/forward.h"
 #include "nsa/passes/inputs.h"
+#include "nsa/passes/saved_forward.h"
 #include "nsa/passes/summaries.h"
 
 namespace nsa {
@@ -18,13 +23,55 @@ class EngineImpl final : public Engine {
  public:
   explicit EngineImpl(std::unique_ptr<PassContext> context) : context_(std::move(context)) {}
 
-  absl::Status Forward(const ForwardInputs& inputs, const ForwardOutputs& outputs,
-                       void* stream) override {
+  absl::Status Forward(const ForwardInputs& inputs, const ForwardOutputs& outputs, void* stream,
+                       SavedForward* saved) override {
     PassContext& context = *context_;
-    context.stats = FreshStats(inputs);
-    NSA_RETURN_IF_ERROR(AgreeOnCall(inputs, outputs, stream));
+    auto* const kept = static_cast<SavedForwardImpl*>(saved);
+    was_backward_ = false;
+    Begin(inputs, context.attention_flops.total(), kept);
+    absl::Status mine = CheckForward(context.options, context.rank_plan.num_tokens,
+                                     context.kernels->RowAlignment(), inputs, outputs);
+    if (mine.ok() && kept != nullptr) mine = CheckSaved(*kept, outputs);
+    FieldList fields = FieldsOfCall(inputs);
+    fields.emplace_back("saved", SavedField(kept));
+    NSA_RETURN_IF_ERROR(AgreeOnCall(mine, std::move(fields), agreed_forward_, stream));
+    if (kept != nullptr) kept->is_filled = false;
     // A failure of this rank alone would leave the others waiting for it.
-    return AbortOnError(RunInOrder(inputs, outputs, stream));
+    NSA_RETURN_IF_ERROR(AbortOnError(RunInOrder(stream, [&] {
+      return RunForward(context, inputs, kept == nullptr ? outputs : kept->outputs(outputs.o),
+                        stream);
+    })));
+    if (kept != nullptr) kept->is_filled = true;
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::unique_ptr<SavedForward>> CreateSavedForward(
+      const SaveOptions& options) override {
+    PassContext& context = *context_;
+    absl::StatusOr<std::unique_ptr<SavedForwardImpl>> saved =
+        absl::FailedPreconditionError("CreateSavedForward: the engine has no backward");
+    if (context.options.has_backward) saved = SavedForwardImpl::Create(context, options);
+    NSA_RETURN_IF_ERROR(Agree(*context.communicator, saved.status(),
+                              {{"keep_summaries", options.keep_summaries ? "true" : "false"}}));
+    return std::unique_ptr<SavedForward>(*std::move(saved));
+  }
+
+  absl::Status Backward(const ForwardInputs& inputs, const ConstTensor& d_o, SavedForward& saved,
+                        const Gradients& gradients, void* stream) override {
+    PassContext& context = *context_;
+    const auto& kept = static_cast<const SavedForwardImpl&>(saved);
+    was_backward_ = true;
+    Begin(inputs, BackwardFlops(context.options.config, context.attention_flops), &kept);
+    absl::Status mine = CheckBackward(context.options, context.rank_plan.num_tokens,
+                                      context.kernels->RowAlignment(), inputs, d_o, gradients);
+    if (kept.owner() != &context || !kept.is_filled) {
+      mine = absl::InvalidArgumentError("saved: must hold a forward of this engine");
+    }
+    FieldList fields = FieldsOfBackward(inputs, gradients);
+    fields.emplace_back("saved", SavedField(&kept));
+    NSA_RETURN_IF_ERROR(AgreeOnCall(mine, std::move(fields), agreed_backward_, stream));
+    return AbortOnError(RunInOrder(
+        stream, [&] { return RunBackward(context, inputs, d_o, kept, gradients, stream); }));
   }
 
   absl::StatusOr<RankStats> LastStats() override {
@@ -39,6 +86,9 @@ class EngineImpl final : public Engine {
     for (int piece = 0; has_counters && piece < stats.query_pieces(); ++piece) {
       absl::StatusOr<int64_t> end = ReadFetchCounters(context, piece, beside, stats);
       if (!end.ok()) return end.status();
+    }
+    if (was_backward_ && context.slot_gradients != nullptr) {
+      NSA_RETURN_IF_ERROR(ReadReturnCounters(context, stats.query_pieces(), beside, stats));
     }
     return stats;
   }
@@ -80,54 +130,75 @@ class EngineImpl final : public Engine {
   }
 
   // Calls share the workspace. A graph's owner keeps it in order with other calls.
-  absl::Status RunInOrder(const ForwardInputs& inputs, const ForwardOutputs& outputs,
-                          void* stream) {
+  template <typename Run>
+  absl::Status RunInOrder(void* stream, Run run) {
     PassContext& context = *context_;
     const absl::StatusOr<bool> capturing = context.kernels->IsCapturing(stream);
     if (!capturing.ok()) return capturing.status();
-    if (*capturing) return RunForward(context, inputs, outputs, stream);
+    if (*capturing) return run();
     NSA_RETURN_IF_ERROR(context.kernels->WaitFor(*context.done, stream));
-    NSA_RETURN_IF_ERROR(RunForward(context, inputs, outputs, stream));
+    NSA_RETURN_IF_ERROR(run());
     return context.kernels->Record(*context.done, stream);
   }
 
-  absl::Status AgreeOnCall(const ForwardInputs& inputs, const ForwardOutputs& outputs,
+  // `agreed`: the fields of the last call of this kind whose arguments were compared.
+  absl::Status AgreeOnCall(const absl::Status& mine, FieldList fields, FieldList& agreed,
                            void* stream) {
     PassContext& context = *context_;
     NSA_RETURN_IF_ERROR(AbortOnError(context.stages.Start(stream)));
-    const absl::Status mine = CheckForward(context.options, context.rank_plan.num_tokens,
-                                           context.kernels->RowAlignment(), inputs, outputs);
-    FieldList fields = FieldsOfCall(inputs);
-    if (!context.options.agree_in_every_call && fields == agreed_fields_) {
+    if (!context.options.agree_in_every_call && fields == agreed) {
       NSA_RETURN_IF_ERROR(context.communicator->HealthCheck());
       return AbortOnError(mine);
     }
     const StageScope scope(context.stages, "agree");
     NSA_RETURN_IF_ERROR(Agree(*context.communicator, mine, fields));
-    agreed_fields_ = std::move(fields);
+    agreed = std::move(fields);
     return absl::OkStatus();
   }
 
-  RankStats FreshStats(const ForwardInputs& inputs) const {
-    RankStats stats;
-    stats.set_rank(context_->rank_plan.rank);
-    stats.set_num_tokens(context_->rank_plan.num_tokens);
-    for (int peer = 0; peer < context_->plan.num_ranks(); ++peer) {
+  absl::Status CheckSaved(const SavedForwardImpl& saved, const ForwardOutputs& outputs) const {
+    if (saved.owner() != context_.get()) {
+      return absl::InvalidArgumentError("saved: must be made by this engine");
+    }
+    if (outputs.o_cmp.is_set() || outputs.o_slc.is_set() || outputs.o_win.is_set() ||
+        outputs.lse_cmp != nullptr || outputs.lse_slc != nullptr || outputs.lse_win != nullptr ||
+        outputs.block_indices != nullptr) {
+      return absl::InvalidArgumentError("outputs: all but o must be unset with `saved`");
+    }
+    return absl::OkStatus();
+  }
+
+  static const char* SavedField(const SavedForwardImpl* saved) {
+    if (saved == nullptr) return "none";
+    return saved->summaries() == nullptr ? "without summaries" : "with summaries";
+  }
+
+  void Begin(const ForwardInputs& inputs, double attention_flops, const SavedForwardImpl* saved) {
+    PassContext& context = *context_;
+    context.summaries = saved != nullptr && saved->summaries() != nullptr
+                            ? saved->summaries()
+                            : context.Buffer<char>(kSummariesBuffer);
+    RankStats& stats = context.stats;
+    stats.Clear();
+    stats.set_rank(context.rank_plan.rank);
+    stats.set_num_tokens(context.rank_plan.num_tokens);
+    for (int peer = 0; peer < context.plan.num_ranks(); ++peer) {
       stats.add_block_bytes_from_rank(0);
     }
-    const WorkspaceLayout& layout = context_->layout;
-    stats.set_workspace_bytes(layout.total_bytes + layout.window_bytes);
+    const WorkspaceLayout& layout = context.layout;
+    stats.set_workspace_bytes(layout.total_bytes + layout.window_bytes +
+                              layout.slot_gradients_bytes);
     stats.set_window_bytes(layout.window_bytes);
     stats.set_fetch_slot_bytes(layout.num_bytes[kSlotsBuffer]);
-    stats.set_flops(context_->attention_flops.total() +
-                    CompressFlopsOfRank(context_->options.config, context_->rank_plan,
-                                        HiddenWidth(inputs.compress_k),
-                                        HiddenWidth(inputs.compress_v)));
-    return stats;
+    if (saved != nullptr) stats.set_saved_bytes(saved->num_bytes());
+    stats.set_flops(attention_flops + CompressFlopsOfRank(context.options.config, context.rank_plan,
+                                                          HiddenWidth(inputs.compress_k),
+                                                          HiddenWidth(inputs.compress_v)));
   }
 
   std::unique_ptr<PassContext> context_;
-  FieldList agreed_fields_;  // of the last call whose arguments were compared
+  FieldList agreed_forward_, agreed_backward_;
+  bool was_backward_ = false;  // the last call
 };
 
 // What this rank can tell to be wrong without the others.
@@ -150,6 +221,8 @@ absl::Status CheckOptions(const EngineOptions& options, const ShardPlan& plan,
 FieldList FieldsToAgreeOn(const EngineOptions& options, const ShardPlan& plan) {
   FieldList fields = Fields(options.config);
   fields.emplace_back("dtype", NameOf(options.dtype));
+  fields.emplace_back("has_backward", options.has_backward ? "true" : "false");
+  fields.emplace_back("max_hidden_width", absl::StrCat(options.max_hidden_width));
   FieldList plan_fields = plan.Fields();
   fields.insert(fields.end(), plan_fields.begin(), plan_fields.end());
   return fields;
@@ -183,8 +256,7 @@ absl::Status PrepareStreams(PassContext& context) {
   return absl::OkStatus();
 }
 
-// Fills in everything that needs no other rank.
-absl::Status PrepareLocally(PassContext& context) {
+void PlanLocally(PassContext& context) {
   const NsaConfig& config = context.options.config;
   context.dims = MakeDims(config, context.options.dtype);
   context.blocks = MakeBlockMap(config, context.plan);
@@ -193,13 +265,63 @@ absl::Status PrepareLocally(PassContext& context) {
   context.tables = MakePlanTables(context.rank_plan, context.blocks);
   context.summary_runs = SummaryRuns(config, context.dims, context.plan, context.blocks);
   context.attention_flops = AttentionFlopsOfRank(config, context.rank_plan);
-  absl::StatusOr<WorkspaceLayout> layout =
-      MakeWorkspaceLayout(context.dims, context.rank_plan, context.blocks,
-                          static_cast<int64_t>(context.tables.bytes.size()),
-                          {context.kernels->RecordBytes(context.dims),
-                           context.kernels->ScoreScratchBytes(
-                               context.dims, ScoreLimitsOf(context.rank_plan, context.blocks))},
-                          context.options.fetch_budget_bytes);
+}
+
+// Collective. How the backward is cut into pieces is the same on all ranks, as each piece ends with
+// gradients that go from rank to rank: the fewest kv heads that a rank can do at a time.
+absl::StatusOr<BackwardRoom> AgreeOnBackward(const PassContext& context) {
+  if (!context.options.has_backward) return BackwardRoom();
+  const EngineOptions& options = context.options;
+  const int64_t record_bytes = context.kernels->RecordBytes(context.dims);
+  const int32_t mine = BackwardHeadsAPiece(context.dims, context.rank_plan, record_bytes,
+                                           options.fetch_budget_bytes);
+  absl::Status status;
+  if (mine == 0) {
+    status = absl::InvalidArgumentError(
+        absl::StrCat("fetch_budget_bytes = ", options.fetch_budget_bytes, ": must be at least ",
+                     context.rank_plan.num_remote_slc_blocks * record_bytes,
+                     ", the remote blocks of one kv head, for a backward"));
+  }
+  NSA_RETURN_IF_ERROR(Agree(*context.communicator, status, {}));
+  absl::StatusOr<std::vector<std::string>> all =
+      context.communicator->HostAllGather(absl::StrCat(mine));
+  if (!all.ok()) return all.status();
+  BackwardRoom room = {.kv_heads_a_piece = mine,
+                       .num_weights = MaxCompressorWeights(context.dims, options.config.compressor,
+                                                           options.max_hidden_width)};
+  for (const std::string& theirs : *all) {
+    int32_t heads = 0;
+    if (!absl::SimpleAtoi(theirs, &heads)) return absl::InternalError("unreadable: " + theirs);
+    room.kv_heads_a_piece = std::min(room.kv_heads_a_piece, heads);
+  }
+  return room;
+}
+
+KernelBytes KernelBytesOf(const PassContext& context, const BackwardRoom& backward) {
+  const kernels::Kernels& kernels = *context.kernels;
+  const kernels::AttentionDims& dims = context.dims;
+  KernelBytes bytes = {.record = kernels.RecordBytes(dims),
+                       .score_scratch = kernels.ScoreScratchBytes(
+                           dims, ScoreLimitsOf(context.rank_plan, context.blocks))};
+  if (backward.kv_heads_a_piece > 0) {
+    const kernels::BackwardLimits limits =
+        BackwardLimitsOf(dims, context.rank_plan, context.blocks, backward.kv_heads_a_piece);
+    bytes.backward_scratch = std::max({kernels.SelectedBackwardScratchBytes(dims, limits),
+                                       kernels.SummariesBackwardScratchBytes(dims, limits),
+                                       kernels.CompressBackwardScratchBytes(
+                                           dims, context.options.config.compressor,
+                                           static_cast<int32_t>(context.options.max_hidden_width),
+                                           NumBlocks(context.rank_plan.cmp_runs))});
+  }
+  return bytes;
+}
+
+// Takes memory; needs no other rank.
+absl::Status PrepareLocally(PassContext& context, const BackwardRoom& backward) {
+  absl::StatusOr<WorkspaceLayout> layout = MakeWorkspaceLayout(
+      context.dims, context.rank_plan, context.blocks,
+      static_cast<int64_t>(context.tables.bytes.size()), KernelBytesOf(context, backward),
+      context.options.fetch_budget_bytes, backward);
   if (!layout.ok()) return layout.status();
   context.layout = *layout;
   absl::StatusOr<std::unique_ptr<kernels::Memory>> workspace =
@@ -212,7 +334,7 @@ absl::Status PrepareLocally(PassContext& context) {
   // A rank that nothing remote is visible to never plans a fetch.
   const std::vector<int32_t> locations = OwnLocations(context);
   NSA_RETURN_IF_ERROR(context.kernels->CopyFromHost(
-      context.Buffer(kLocationsBuffer), locations.data(),
+      context.Locations(), locations.data(),
       static_cast<int64_t>(locations.size() * sizeof(int32_t)), /*stream=*/nullptr));
   NSA_RETURN_IF_ERROR(context.kernels->Synchronize(/*stream=*/nullptr));
   return PrepareStreams(context);
@@ -227,11 +349,20 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
                             FieldsToAgreeOn(options, plan)));
   auto context = std::make_unique<PassContext>(options, std::move(plan), std::move(communicator),
                                                std::move(kernels));
-  NSA_RETURN_IF_ERROR(Agree(*context->communicator, PrepareLocally(*context), {}));
+  PlanLocally(*context);
+  const absl::StatusOr<BackwardRoom> backward = AgreeOnBackward(*context);
+  NSA_RETURN_IF_ERROR(backward.status());
+  NSA_RETURN_IF_ERROR(Agree(*context->communicator, PrepareLocally(*context, *backward), {}));
   absl::StatusOr<std::unique_ptr<comm::Window>> records =
       context->communicator->CreateWindow(context->layout.window_bytes);
   if (!records.ok()) return records.status();
   context->records = *std::move(records);
+  if (options.has_backward && context->plan.num_ranks() > 1) {
+    absl::StatusOr<std::unique_ptr<comm::Window>> gradients =
+        context->communicator->CreateWindow(context->layout.slot_gradients_bytes);
+    if (!gradients.ok()) return gradients.status();
+    context->slot_gradients = *std::move(gradients);
+  }
   return std::make_unique<EngineImpl>(std::move(context));
 }
 

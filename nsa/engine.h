@@ -39,6 +39,11 @@ struct EngineOptions {
   // in the first call, and in one whose arguments differ in more than their data from those of this
   // rank's call before. A mistake of one rank alone then breaks the communicator on all.
   bool agree_in_every_call = true;
+  // Take the memory of Backward as well. The fetch budget must then hold the remote blocks of at
+  // least one kv head.
+  bool has_backward = false;
+  // Of the MLP compressors that Backward may be given, the largest hidden width F.
+  int64_t max_hidden_width = 0;
   // Measure when each stage ran, for LastStats and GatherStats. Costs about a percent of a call of
   // 8k tokens on a GPU.
   bool time_stages = false;
@@ -93,6 +98,52 @@ struct ForwardOutputs {
       nullptr;  // [T,Hkv,n] dense, in the query's document, -1 padded; optional
 };
 
+struct SaveOptions {
+  // The summaries of the whole sequence, else Backward compresses and gathers them again.
+  bool keep_summaries = true;
+};
+
+// What a Forward leaves for its Backward: the branches' outputs and LSEs, the block indices and
+// what SaveOptions keeps. In memory of its own, so that any number of forwards may wait for their
+// backwards, as pipeline parallelism needs; may be used again. Must not outlive its engine.
+class SavedForward {
+ public:
+  virtual ~SavedForward() = default;
+  virtual int64_t num_bytes() const = 0;
+};
+
+// In the shapes of CompressorParams, f32, dense; unset: not wanted.
+struct CompressorGradients {
+  Tensor weight, pe, w, w1, b1, w2, b2;
+};
+
+// Where Backward puts gradients: f32 or options.dtype each, last dimension contiguous; unset: not
+// wanted. Branches that share k and v share their gradients' tensors as well, which get the sum.
+struct Gradients {
+  Tensor dq;      // [T,Hq,Dk]
+  Tensor dk_cmp;  // [T,Hkv,Dk]
+  Tensor dv_cmp;  // [T,Hkv,Dv]
+  Tensor dk_slc;  // [T,Hkv,Dk]
+  Tensor dv_slc;  // [T,Hkv,Dv]
+  Tensor dk_win;  // [T,Hkv,Dk]
+  Tensor dv_win;  // [T,Hkv,Dv]
+  Tensor dgate;   // [T,Hq,3]
+  CompressorGradients dcompress_k;
+  CompressorGradients dcompress_v;
+
+  // Add to what the tensors hold, in f32, rounded once; else overwrite it.
+  bool accumulate = false;
+  // Compressors' gradients of all ranks' tokens, the same bits on every rank; else of this rank's
+  // own blocks.
+  bool sum_over_ranks = false;
+
+  // The same dk and dv for the three branches.
+  void SetSharedKv(const Tensor& dk, const Tensor& dv) {
+    dk_cmp = dk_slc = dk_win = dk;
+    dv_cmp = dv_slc = dv_win = dv;
+  }
+};
+
 class Engine {
  public:
   // Collective. Takes all memory that later calls use. Engines whose calls may run at the same time
@@ -112,10 +163,25 @@ class Engine {
   // in the order they are made in, on whatever streams. A call may be captured in a CUDA graph
   // where the communicator's can: then all ranks capture and launch the same calls, and the
   // engine's other calls must not run beside a launch.
+  // `saved`: of this engine, filled for a Backward; the optional outputs must then be unset. A
+  // Forward of the same inputs leaves the same bits there, so activations may be recomputed.
   virtual absl::Status Forward(const ForwardInputs& inputs, const ForwardOutputs& outputs,
-                               void* stream = nullptr) = 0;
+                               void* stream = nullptr, SavedForward* saved = nullptr) = 0;
 
-  // What the last Forward of this rank, or the last launch of a graph of it, moved and took. Waits
+  // Collective. FailedPrecondition without EngineOptions::has_backward; ResourceExhausted on every
+  // rank when one lacks the memory.
+  virtual absl::StatusOr<std::unique_ptr<SavedForward>> CreateSavedForward(
+      const SaveOptions& options = {}) = 0;
+
+  // Collective. The gradients of the sum of o * d_o (semantics: "Backward"), with the block indices
+  // held fixed, of the Forward that filled `saved` last, which must have had the same inputs.
+  // d_o: [T,Hq,Dv] options.dtype. Errors, streams and graphs as for Forward; the same bits in every
+  // call; dq and dgate do not depend, bit for bit, on the number of ranks or on the sharding.
+  virtual absl::Status Backward(const ForwardInputs& inputs, const ConstTensor& d_o,
+                                SavedForward& saved, const Gradients& gradients,
+                                void* stream = nullptr) = 0;
+
+  // What the last call of this rank, or the last launch of a graph of it, moved and took. Waits
   // for its end (a graph's: its owner does).
   virtual absl::StatusOr<RankStats> LastStats() = 0;
   // Collective: the same of all ranks, block_bytes_sent filled in.

@@ -10,6 +10,15 @@ int64_t CountersOffset(const PassContext& context, int piece) {
   return piece * FetchCounterBytes(context.plan.num_ranks());
 }
 
+kernels::BlockOwners OwnersOf(const PassContext& context) {
+  return {.rank = context.Table<int32_t>(context.tables.slc_owner),
+          .ordinal = context.Table<int32_t>(context.tables.slc_ordinal),
+          .blocks_of_rank = context.Table<int64_t>(context.tables.slc_blocks_of_rank),
+          .num_blocks = context.blocks.num_slc_blocks,
+          .num_ranks = context.plan.num_ranks(),
+          .this_rank = context.rank_plan.rank};
+}
+
 }  // namespace
 
 absl::Status PublishBlocks(PassContext& context, const BranchTokens& tokens, void* stream) {
@@ -41,16 +50,11 @@ absl::Status FetchBlocks(PassContext& context, const kernels::Queries& queries,
       {.dims = context.dims,
        .queries = queries,
        .block_indices = block_indices,
-       .owners = {.rank = context.Table<int32_t>(context.tables.slc_owner),
-                  .ordinal = context.Table<int32_t>(context.tables.slc_ordinal),
-                  .blocks_of_rank = context.Table<int64_t>(context.tables.slc_blocks_of_rank),
-                  .num_blocks = context.blocks.num_slc_blocks,
-                  .num_ranks = context.plan.num_ranks(),
-                  .this_rank = context.rank_plan.rank},
+       .owners = OwnersOf(context),
        .record_bytes = layout.record_bytes,
        .query_begin = query_begin,
        .capacity = layout.fetch_capacity,
-       .locations = context.Buffer<int32_t>(kLocationsBuffer),
+       .locations = context.Locations(),
        .peers = peers,
        .offsets = offsets,
        .num_slots = &scalars->num_slots,
@@ -87,6 +91,88 @@ absl::StatusOr<int64_t> ReadFetchCounters(PassContext& context, int piece, void*
   stats.set_records_fetched(stats.records_fetched() + counters.num_slots);
   stats.set_remote_picks(stats.remote_picks() + counters.num_remote_picks);
   return counters.query_end;
+}
+
+absl::Status BeginSlotGradients(PassContext& context, void* stream) {
+  return context.slot_gradients->BeginWrite(stream);
+}
+
+absl::Status ReturnSlotGradients(PassContext& context, kernels::HeadRange kv_heads, int piece,
+                                 void* stream) {
+  const StageScope scope(context.stages, "return blocks", stream, StageScope::kBeside);
+  const kernels::AttentionDims& dims = context.dims;
+  const int num_ranks = context.plan.num_ranks();
+  const int64_t num_blocks = context.blocks.num_slc_blocks;
+  const int64_t record_bytes = RecordGradientBytes(dims);
+  const int64_t table = dims.num_kv_heads * num_blocks;  // of one rank's locations
+  auto* const locations = context.Buffer<int32_t>(kLocationsBuffer);
+  NSA_RETURN_IF_ERROR(context.slot_gradients->Publish(stream));
+
+  std::vector<comm::GatherRun> runs;
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    runs.push_back(
+        {.rank = rank,
+         .offset_bytes = (rank * table + kv_heads.begin * num_blocks) * int64_t{sizeof(int32_t)},
+         .num_bytes = kv_heads.size() * num_blocks * int64_t{sizeof(int32_t)}});
+  }
+  NSA_RETURN_IF_ERROR(context.communicator->AllGather(locations, runs, stream));
+
+  const int64_t capacity = kv_heads.size() * context.rank_plan.num_own_slc_blocks;
+  auto* const offsets = context.Buffer<int64_t>(kReturnListBuffer);
+  auto* const peers = reinterpret_cast<int32_t*>(offsets + capacity);
+  int32_t* const own_records = peers + capacity;
+  auto* const returned = context.Buffer<float>(kReturnedBuffer);
+  for (int peer = 0; peer < num_ranks; ++peer) {
+    if (peer == context.rank_plan.rank || capacity == 0) continue;
+    int32_t* const count =
+        context.Buffer<int32_t>(kReturnCountersBuffer) + piece * num_ranks + peer;
+    NSA_RETURN_IF_ERROR(context.kernels->PlanReturn(
+        {.dims = dims,
+         .kv_heads = kv_heads,
+         .peer_locations = locations + peer * table,
+         .peer_own_records = context.blocks.slc_blocks_of_rank[peer] * dims.num_kv_heads,
+         .peer = peer,
+         .owners = OwnersOf(context),
+         .record_gradient_bytes = record_bytes,
+         .capacity = capacity,
+         .peers = peers,
+         .offsets = offsets,
+         .own_records = own_records,
+         .count = count},
+        stream));
+    NSA_RETURN_IF_ERROR(context.slot_gradients->Gather(
+        {.peers = peers, .offsets = offsets, .count = count, .max_count = capacity}, record_bytes,
+        returned, stream));
+    NSA_RETURN_IF_ERROR(
+        context.kernels->AddIndexedRows({.dst = context.Buffer<float>(kRecordGradientsBuffer),
+                                         .src = returned,
+                                         .rows = own_records,
+                                         .count = count,
+                                         .max_count = capacity,
+                                         .row_elements = record_bytes / int64_t{sizeof(float)}},
+                                        stream));
+  }
+  return context.slot_gradients->Release(stream);
+}
+
+absl::Status ReadReturnCounters(PassContext& context, int num_pieces, void* stream,
+                                RankStats& stats) {
+  const int num_ranks = context.plan.num_ranks();
+  std::vector<int32_t> counts(num_pieces * num_ranks);
+  NSA_RETURN_IF_ERROR(
+      context.kernels->CopyToHost(counts.data(), context.Buffer(kReturnCountersBuffer),
+                                  static_cast<int64_t>(counts.size() * sizeof(int32_t)), stream));
+  NSA_RETURN_IF_ERROR(context.kernels->Synchronize(stream));
+  int64_t received = 0;
+  for (int piece = 0; piece < num_pieces; ++piece) {
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      if (rank != context.rank_plan.rank) received += counts[piece * num_ranks + rank];
+    }
+  }
+  stats.set_block_gradients_received(received);
+  stats.set_gradient_bytes_received(stats.gradient_bytes_received() +
+                                    received * RecordGradientBytes(context.dims));
+  return absl::OkStatus();
 }
 
 }  // namespace nsa

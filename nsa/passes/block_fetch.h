@@ -11,6 +11,9 @@
 
 namespace nsa {
 
+// Streaming multiprocessors that a fetch saturates the links with (16 CTAs that copy in bulk).
+constexpr int32_t kSmsOfFetch = 16;
+
 // Packs own blocks into the window of records and lets peers read them.
 absl::Status PublishBlocks(PassContext& context, const BranchTokens& tokens, void* stream);
 
@@ -25,6 +28,17 @@ absl::Status FetchBlocks(PassContext& context, const kernels::Queries& queries,
 // Waits for a fetch on `stream` and adds what it moved to `stats`. Returns the end of its queries.
 absl::StatusOr<int64_t> ReadFetchCounters(PassContext& context, int piece, void* stream,
                                           RankStats& stats);
+
+// Step 6 backwards. Collective: lets peers read the gradients of the slots that `piece` has written
+// for these kv heads, and adds what peers have for own records, rank by rank.
+// BeginSlotGradients comes before they are written. `stream`: beside the call's.
+absl::Status BeginSlotGradients(PassContext& context, void* stream);
+absl::Status ReturnSlotGradients(PassContext& context, kernels::HeadRange kv_heads, int piece,
+                                 void* stream);
+
+// Waits for `stream` and adds what the pieces' returns moved to `stats`.
+absl::Status ReadReturnCounters(PassContext& context, int num_pieces, void* stream,
+                                RankStats& stats);
 
 }  // namespace nsa
 

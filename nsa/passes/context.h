@@ -46,8 +46,10 @@ struct PassContext {
   ForwardFlops attention_flops;
   std::unique_ptr<kernels::Memory> workspace;
   std::unique_ptr<comm::Window> records;  // [Hkv, own select blocks] records, readable by peers
+  std::unique_ptr<comm::Window> slot_gradients;  // of a piece's slots; null without a backward
   Stages stages;
-  RankStats stats;  // but for what the device knows: see Engine::LastStats
+  char* summaries = nullptr;  // of the call in progress: in the workspace, or kept by its caller
+  RankStats stats;            // but for what the device knows: see Engine::LastStats
 
   // Work beside that of the caller's stream, from Fork to Join.
   std::unique_ptr<kernels::Stream> beside;
@@ -63,6 +65,11 @@ struct PassContext {
   T* Buffer(WorkspaceBuffer buffer, int64_t offset_bytes = 0) const {
     return reinterpret_cast<T*>(static_cast<char*>(workspace->data()) + layout.offset[buffer] +
                                 offset_bytes);
+  }
+  // [Hkv,B]; with a backward others' come before and after it.
+  int32_t* Locations() const {
+    const int64_t place = layout.backward.kv_heads_a_piece > 0 ? rank_plan.rank : 0;
+    return Buffer<int32_t>(kLocationsBuffer) + place * dims.num_kv_heads * blocks.num_slc_blocks;
   }
   // A list of the plan, where kernels read it.
   template <typename T>

@@ -8,12 +8,6 @@
 #include "nsa/passes/summaries.h"
 
 namespace nsa {
-namespace {
-
-// Streaming multiprocessors that a fetch saturates the links with (16 CTAs that copy in bulk).
-constexpr int32_t kSmsOfFetch = 16;
-
-}  // namespace
 
 // T tokens of this rank, H halo rows, N compression blocks and B select blocks of all documents.
 absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
@@ -116,7 +110,7 @@ absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
            .query_begin = begin,
            .query_end = end,
            .block_indices = block_indices,
-           .locations = context.Buffer<int32_t>(kLocationsBuffer),
+           .locations = context.Locations(),
            .num_blocks = context.blocks.num_slc_blocks,
            .own_records = context.records->data(),
            .num_own_records = context.rank_plan.num_own_slc_blocks * dims.num_kv_heads,

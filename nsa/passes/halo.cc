@@ -95,4 +95,86 @@ absl::StatusOr<std::array<BranchTokens, 3>> ExchangeHalo(PassContext& context,
                                      tokens_of_set[branches[2].branches]};
 }
 
+BranchGradients BranchGradientsOf(const PassContext& context, int branches) {
+  const kernels::AttentionDims& dims = context.dims;
+  const int64_t k_row = int64_t{dims.num_kv_heads} * dims.head_dim_qk;
+  const int64_t v_row = int64_t{dims.num_kv_heads} * dims.head_dim_v;
+  const int64_t own_rows = context.rank_plan.num_tokens;
+  const int64_t halo_rows = context.rank_plan.kv[branches].halo_rows;
+  auto* const dk = context.Buffer<float>(kTokenGradientsBuffer);
+  float* const dv = dk + own_rows * k_row;
+  float* const dk_halo = dv + own_rows * v_row;
+  return {.dk = {.own = dk, .halo = dk_halo, .adds = true},
+          .dv = {.own = dv, .halo = dk_halo + halo_rows * k_row, .adds = true}};
+}
+
+absl::Status ZeroBranchGradients(PassContext& context, int branches, void* stream) {
+  const kernels::AttentionDims& dims = context.dims;
+  const int64_t rows = context.rank_plan.num_tokens + context.rank_plan.kv[branches].halo_rows;
+  return context.kernels->Zero(
+      context.Buffer(kTokenGradientsBuffer),
+      rows * dims.num_kv_heads * (dims.head_dim_qk + dims.head_dim_v) * int64_t{sizeof(float)},
+      stream);
+}
+
+absl::Status ReturnHaloGradients(PassContext& context, int branches, void* stream) {
+  const BranchKv& kv = context.rank_plan.kv[branches];
+  const kernels::AttentionDims& dims = context.dims;
+  const BranchGradients gradients = BranchGradientsOf(context, branches);
+  auto* const received = context.Buffer<float>(kHaloGradientsBuffer);
+  struct Part {
+    const kernels::TokenGradients& gradients;
+    int64_t row_elements;
+    float* received;  // [kv.send_rows,row_elements]
+  };
+  const int64_t k_row = int64_t{dims.num_kv_heads} * dims.head_dim_qk;
+  const Part parts[] = {{gradients.dk, k_row, received},
+                        {gradients.dv, int64_t{dims.num_kv_heads} * dims.head_dim_v,
+                         received + kv.send_rows * k_row}};
+
+  // The way of the halo backwards: what was received is sent.
+  std::vector<comm::SendOp> sends;
+  std::vector<comm::RecvOp> recvs;
+  int64_t sent = 0, got = 0;
+  for (const Part& part : parts) {
+    const int64_t row_bytes = part.row_elements * int64_t{sizeof(float)};
+    for (const HaloPiece& piece : kv.receives) {
+      sends.push_back({piece.owner, part.gradients.halo + piece.halo_row * part.row_elements,
+                       piece.num_tokens * row_bytes});
+      sent += piece.num_tokens * row_bytes;
+    }
+    int64_t row = 0;
+    for (const HaloSend& send : kv.sends) {
+      recvs.push_back(
+          {send.peer, part.received + row * part.row_elements, send.num_tokens * row_bytes});
+      row += send.num_tokens;
+    }
+    got += kv.send_rows * row_bytes;
+  }
+  NSA_RETURN_IF_ERROR(context.communicator->Exchange(sends, recvs, stream));
+  context.stats.set_gradient_bytes_sent(context.stats.gradient_bytes_sent() + sent);
+  context.stats.set_gradient_bytes_received(context.stats.gradient_bytes_received() + got);
+
+  // A token may have been sent to several peers, and to each once.
+  const auto* segments = context.Table<kernels::Segment>(context.tables.send_segments[branches]);
+  int64_t row = 0;
+  for (size_t begin = 0, end = 0; begin < kv.sends.size(); begin = end) {
+    int64_t rows = 0;
+    for (; end < kv.sends.size() && kv.sends[end].peer == kv.sends[begin].peer; ++end) {
+      rows += kv.sends[end].num_tokens;
+    }
+    for (const Part& part : parts) {
+      NSA_RETURN_IF_ERROR(
+          context.kernels->AddRows({.dst = part.gradients.own,
+                                    .src = part.received + row * part.row_elements,
+                                    .segments = segments + begin,
+                                    .num_segments = static_cast<int32_t>(end - begin),
+                                    .row_elements = part.row_elements},
+                                   stream));
+    }
+    row += rows;
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace nsa

@@ -1,8 +1,10 @@
 #include "nsa/passes/inputs.h"
 
 #include <string>
+#include <tuple>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "nsa/passes/context.h"
 
 namespace nsa {
@@ -29,6 +31,14 @@ absl::Status CheckRowsAligned(absl::string_view name, const ConstTensor& tensor,
         name, ".data: its address must be a multiple of ", row_alignment, " bytes on this device"));
   }
   return absl::OkStatus();
+}
+
+// An activation, on a device that reads whole rows at a time.
+absl::Status CheckActivation(absl::string_view name, const ConstTensor& tensor, DType dtype,
+                             std::initializer_list<int64_t> shape, int64_t row_alignment) {
+  const absl::Status status = CheckTensor(name, tensor, dtype, shape);
+  if (!status.ok() || *shape.begin() == 0) return status;
+  return CheckRowsAligned(name, tensor, row_alignment);
 }
 
 absl::Status CheckDense(absl::string_view name, const ConstTensor& tensor) {
@@ -141,8 +151,10 @@ std::array<BranchInputs, 3> BranchesOf(const ForwardInputs& inputs) {
   return branches;
 }
 
-absl::Status CheckForward(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
-                          const ForwardInputs& inputs, const ForwardOutputs& outputs) {
+namespace {
+
+absl::Status CheckInputs(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
+                         const ForwardInputs& inputs) {
   const NsaConfig& config = options.config;
   const int64_t hq = config.num_q_heads;
   const int64_t hkv = config.num_kv_heads;
@@ -150,9 +162,7 @@ absl::Status CheckForward(const EngineOptions& options, int64_t num_tokens, int6
   const int64_t dv = config.head_dim_v;
   const auto check = [&](absl::string_view name, const ConstTensor& tensor, int64_t heads,
                          int64_t dim) {
-    const absl::Status status = CheckTensor(name, tensor, options.dtype, {num_tokens, heads, dim});
-    if (!status.ok() || num_tokens == 0) return status;
-    return CheckRowsAligned(name, tensor, row_alignment);
+    return CheckActivation(name, tensor, options.dtype, {num_tokens, heads, dim}, row_alignment);
   };
   NSA_RETURN_IF_ERROR(check("q", inputs.q, hq, dk));
   NSA_RETURN_IF_ERROR(check("k_cmp", inputs.k_cmp, hkv, dk));
@@ -163,15 +173,118 @@ absl::Status CheckForward(const EngineOptions& options, int64_t num_tokens, int6
   NSA_RETURN_IF_ERROR(check("v_win", inputs.v_win, hkv, dv));
   NSA_RETURN_IF_ERROR(CheckTensorOrF32("gate", inputs.gate, options.dtype, {num_tokens, hq, 3}));
   NSA_RETURN_IF_ERROR(ParamsChecker(options, "compress_k", dk, inputs.compress_k).Check());
-  NSA_RETURN_IF_ERROR(ParamsChecker(options, "compress_v", dv, inputs.compress_v).Check());
+  return ParamsChecker(options, "compress_v", dv, inputs.compress_v).Check();
+}
 
-  NSA_RETURN_IF_ERROR(check("o", outputs.o, hq, dv));
+// One of Gradients, which may be unset.
+absl::Status CheckGradient(absl::string_view name, const Tensor& gradient, DType dtype,
+                           std::initializer_list<int64_t> shape, int64_t row_alignment) {
+  if (!gradient.is_set()) return absl::OkStatus();
+  const DType own = gradient.dtype == DType::kF32 ? DType::kF32 : dtype;
+  return CheckActivation(name, gradient, own, shape, row_alignment);
+}
+
+absl::Status CheckCompressorGradients(absl::string_view prefix, const CompressorParams& params,
+                                      const CompressorGradients& gradients) {
+  const std::tuple<const char*, const ConstTensor&, const Tensor&> all[] = {
+      {"weight", params.weight, gradients.weight},
+      {"pe", params.pe, gradients.pe},
+      {"w", params.w, gradients.w},
+      {"w1", params.w1, gradients.w1},
+      {"b1", params.b1, gradients.b1},
+      {"w2", params.w2, gradients.w2},
+      {"b2", params.b2, gradients.b2}};
+  for (const auto& [field, weight, gradient] : all) {
+    if (!gradient.is_set()) continue;
+    const std::string name = absl::StrCat(prefix, ".", field);
+    if (!weight.is_set()) {
+      return absl::InvalidArgumentError(absl::StrCat(name, ": must be unset, as the parameter is"));
+    }
+    if (gradient.dtype != DType::kF32 || gradient.shape != weight.shape) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          name, ": must be f32 of the parameter's shape [", absl::StrJoin(weight.shape, ","), "]"));
+    }
+    NSA_RETURN_IF_ERROR(CheckDense(name, gradient));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status CheckForward(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
+                          const ForwardInputs& inputs, const ForwardOutputs& outputs) {
+  NSA_RETURN_IF_ERROR(CheckInputs(options, num_tokens, row_alignment, inputs));
+  const auto check = [&](absl::string_view name, const ConstTensor& tensor) {
+    return CheckActivation(name, tensor, options.dtype,
+                           {num_tokens, options.config.num_q_heads, options.config.head_dim_v},
+                           row_alignment);
+  };
+  NSA_RETURN_IF_ERROR(check("o", outputs.o));
   const std::pair<const char*, const Tensor*> branch_outputs[] = {
       {"o_cmp", &outputs.o_cmp}, {"o_slc", &outputs.o_slc}, {"o_win", &outputs.o_win}};
   for (const auto& [name, tensor] : branch_outputs) {
-    if (tensor->is_set()) NSA_RETURN_IF_ERROR(check(name, *tensor, hq, dv));
+    if (tensor->is_set()) NSA_RETURN_IF_ERROR(check(name, *tensor));
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckBackward(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
+                           const ForwardInputs& inputs, const ConstTensor& d_o,
+                           const Gradients& gradients) {
+  NSA_RETURN_IF_ERROR(CheckInputs(options, num_tokens, row_alignment, inputs));
+  const NsaConfig& config = options.config;
+  const int64_t hq = config.num_q_heads, hkv = config.num_kv_heads;
+  const int64_t dk = config.head_dim_qk, dv = config.head_dim_v;
+  for (const CompressorParams* params : {&inputs.compress_k, &inputs.compress_v}) {
+    if (config.compressor == Compressor::kMlp && HiddenWidth(*params) > options.max_hidden_width) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          params == &inputs.compress_k ? "compress_k" : "compress_v",
+          ".w1.shape[1] = ", HiddenWidth(*params),
+          ": must be at most EngineOptions::max_hidden_width = ", options.max_hidden_width));
+    }
+  }
+  NSA_RETURN_IF_ERROR(
+      CheckActivation("d_o", d_o, options.dtype, {num_tokens, hq, dv}, row_alignment));
+  const auto check = [&](absl::string_view name, const Tensor& gradient, int64_t heads,
+                         int64_t dim) {
+    return CheckGradient(name, gradient, options.dtype, {num_tokens, heads, dim}, row_alignment);
+  };
+  NSA_RETURN_IF_ERROR(check("dq", gradients.dq, hq, dk));
+  NSA_RETURN_IF_ERROR(CheckGradient("dgate", gradients.dgate, options.dtype, {num_tokens, hq, 3},
+                                    /*row_alignment=*/1));
+  const struct {
+    const char* name;
+    const Tensor& dk;
+    const Tensor& dv;
+  } branches[] = {{"cmp", gradients.dk_cmp, gradients.dv_cmp},
+                  {"slc", gradients.dk_slc, gradients.dv_slc},
+                  {"win", gradients.dk_win, gradients.dv_win}};
+  const std::array<BranchInputs, 3> inputs_of = BranchesOf(inputs);
+  for (int i = 0; i < 3; ++i) {
+    const std::string suffix = absl::StrCat("_", branches[i].name);
+    NSA_RETURN_IF_ERROR(check("dk" + suffix, branches[i].dk, hkv, dk));
+    NSA_RETURN_IF_ERROR(check("dv" + suffix, branches[i].dv, hkv, dv));
+    for (int j = 0; j < i && num_tokens > 0; ++j) {
+      const bool shares = inputs_of[i].branches == inputs_of[j].branches;
+      const bool same_k = SameTensor(branches[i].dk, branches[j].dk);
+      const bool same_v = SameTensor(branches[i].dv, branches[j].dv);
+      const bool collide =
+          (branches[i].dk.is_set() && same_k) || (branches[i].dv.is_set() && same_v);
+      if (shares ? same_k && same_v : !collide) continue;
+      return absl::InvalidArgumentError(absl::StrCat(
+          "dk", suffix, ", dv", suffix, ": must", shares ? "" : " not", " be those of _",
+          branches[j].name, ", as the branches", shares ? "" : " do not", " share k and v"));
+    }
+  }
+  NSA_RETURN_IF_ERROR(
+      CheckCompressorGradients("dcompress_k", inputs.compress_k, gradients.dcompress_k));
+  return CheckCompressorGradients("dcompress_v", inputs.compress_v, gradients.dcompress_v);
+}
+
+FieldList FieldsOfBackward(const ForwardInputs& inputs, const Gradients& gradients) {
+  FieldList fields = FieldsOfCall(inputs);
+  fields.emplace_back("sum_over_ranks", gradients.sum_over_ranks ? "true" : "false");
+  return fields;
 }
 
 FieldList FieldsOfCall(const ForwardInputs& inputs) {

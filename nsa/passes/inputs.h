@@ -27,8 +27,14 @@ int64_t HiddenWidth(const CompressorParams& params);
 absl::Status CheckForward(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
                           const ForwardInputs& inputs, const ForwardOutputs& outputs);
 
+// The same, for a backward of these inputs, but for `saved`.
+absl::Status CheckBackward(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
+                           const ForwardInputs& inputs, const ConstTensor& d_o,
+                           const Gradients& gradients);
+
 // What of a call must be the same on all ranks.
 FieldList FieldsOfCall(const ForwardInputs& inputs);
+FieldList FieldsOfBackward(const ForwardInputs& inputs, const Gradients& gradients);
 
 }  // namespace nsa
 

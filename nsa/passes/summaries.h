@@ -32,6 +32,19 @@ absl::Status Compress(PassContext& context, const ForwardInputs& inputs, const B
 // Step 3. Collective: fills in the rows of the other ranks. `stream`: beside the call's.
 absl::Status AllGatherSummaries(PassContext& context, void* stream);
 
+// Step 3 backwards. Collective: the gradients of own blocks' summaries, of all ranks' queries,
+// added rank by rank.
+absl::Status ReduceSummaryGradients(PassContext& context, void* stream);
+
+// Step 2 backwards, from the gradients of own blocks' summaries: adds to those of the tokens, and
+// computes those of the compressors' parameters.
+absl::Status CompressBackward(PassContext& context, const ForwardInputs& inputs,
+                              const BranchTokens& tokens, const BranchGradients& token_gradients,
+                              const Gradients& gradients, void* stream);
+// Collective if they are summed over ranks.
+absl::Status StoreCompressorGradients(PassContext& context, const ForwardInputs& inputs,
+                                      const Gradients& gradients, void* stream);
+
 }  // namespace nsa
 
 #endif  // NSA_PASSES_SUMMARIES_H_

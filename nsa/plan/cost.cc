@@ -11,12 +11,6 @@ double FlopsPerKey(const NsaConfig& config) {
   return 2.0 * config.num_q_heads * (config.head_dim_qk + config.head_dim_v);
 }
 
-int64_t NumBlocks(const std::vector<kernels::BlockRun>& runs) {
-  int64_t blocks = 0;
-  for (const kernels::BlockRun& run : runs) blocks += run.num_blocks;
-  return blocks;
-}
-
 // 1 + 2 + ... + count.
 double SumTo(int64_t count) {
   return static_cast<double>(count) * (static_cast<double>(count) + 1) / 2;
@@ -66,6 +60,11 @@ double CompressFlopsPerHead(const NsaConfig& config, double head_dim, double hid
 }
 
 }  // namespace
+
+double BackwardFlops(const NsaConfig& config, const ForwardFlops& forward) {
+  const double dk = config.head_dim_qk, dv = config.head_dim_v;
+  return forward.total() * (3 * dk + 2 * dv) / (dk + dv);
+}
 
 double CompressFlopsOfRank(const NsaConfig& config, const RankPlan& rank_plan,
                            int64_t hidden_width_k, int64_t hidden_width_v) {

@@ -27,6 +27,9 @@ struct ForwardFlops {
 // All but `compress`.
 ForwardFlops AttentionFlopsOfRank(const NsaConfig& config, const RankPlan& rank_plan);
 
+// Of the backward of this attention: per key the score again, dO.v, and what goes to dq, dk and dv.
+double BackwardFlops(const NsaConfig& config, const ForwardFlops& forward);
+
 // Of making the rank's own summaries. `hidden_width_k` and `_v` (F) count for the MLP only.
 double CompressFlopsOfRank(const NsaConfig& config, const RankPlan& rank_plan,
                            int64_t hidden_width_k, int64_t hidden_width_v);

@@ -231,6 +231,12 @@ int64_t CountRemoteVisible(const RankPlan& rank_plan, const NsaConfig& config) {
 
 }  // namespace
 
+int64_t NumBlocks(const std::vector<kernels::BlockRun>& runs) {
+  int64_t blocks = 0;
+  for (const kernels::BlockRun& run : runs) blocks += run.num_blocks;
+  return blocks;
+}
+
 RankPlan MakeRankPlan(const NsaConfig& config, const ShardPlan& plan, const BlockMap& blocks,
                       int rank) {
   RankPlan result;

@@ -75,6 +75,8 @@ struct RankPlan {
   std::array<BranchKv, kNumBranchSets> kv;  // by set of branches; [0] is empty
 };
 
+int64_t NumBlocks(const std::vector<kernels::BlockRun>& runs);
+
 RankPlan MakeRankPlan(const NsaConfig& config, const ShardPlan& plan, const BlockMap& blocks,
                       int rank);
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "kernels/backward_params.h"
 #include "kernels/params.h"
 #include "kernels/types.h"
 #include "nsa/plan/rank_plan.h"
@@ -27,6 +28,7 @@ struct PlanTables {
   int64_t slc_blocks_of_rank = 0;                          // int64_t[P]
   std::array<int64_t, kNumBranchSets> kv_segments = {};    // kernels::Segment[], by set of branches
   std::array<int64_t, kNumBranchSets> send_segments = {};  // kernels::Segment[], rows to send
+  int64_t summary_segments = 0;  // kernels::Segment[], own rows of summaries
 };
 
 PlanTables MakePlanTables(const RankPlan& rank_plan, const BlockMap& blocks);
@@ -36,16 +38,35 @@ enum WorkspaceBuffer : int {
   kSummariesBuffer,      // [N, Hkv*Dk + Hkv*Dv] activations' dtype: kc then vc in each row
   kHaloReceivedBuffer,   // halo rows of k and v, for every set of branches in use
   kHaloToSendBuffer,     // rows that other ranks need, packed
-  kWindowOutputBuffer,   // o_win [T,Hq,Dv] activations' dtype
-  kBlockIndicesBuffer,   // [T,Hkv,n] int32
-  kScoreScratchBuffer,   // of ScoreAndSelect
-  kLocationsBuffer,      // [Hkv,B] int32
+  kLocationsBuffer,      // [Hkv,B] int32; with a backward [P,Hkv,B], this rank's in its place
   kSlotPeersBuffer,      // [capacity] int32
   kSlotOffsetsBuffer,    // [capacity] int64
   kFetchCountersBuffer,  // [pieces] FetchCounters, each followed by int64 slots_of_rank[P]
   kSlotsBuffer,          // [capacity] records
+
+  // Of the forward alone.
+  kWindowOutputBuffer,  // o_win [T,Hq,Dv] activations' dtype
+  kBlockIndicesBuffer,  // [T,Hkv,n] int32
+  kScoreScratchBuffer,  // of ScoreAndSelect
+
+  // Of the backward alone, in the place of those of the forward; f32 unless said. h: the kv heads
+  // of a piece.
+  kGatesBuffer,             // [3,T,Hq] gates, then [3,T,Hq] deltas
+  kQueryGradientsBuffer,    // [T,G*h,Dk]; before that dgate [T,Hq,3]
+  kTokenGradientsBuffer,    // of one set of branches: dk and dv of own tokens, then of its halo
+  kHaloGradientsBuffer,     // of tokens that others used, [send rows,Hkv*Dk], then [.., Hkv*Dv]
+  kSummaryGradientsBuffer,  // [N,Hkv*(Dk+Dv)], then of each other rank [own blocks,Hkv*(Dk+Dv)]
+  kRecordGradientsBuffer,   // [Hkv,own blocks] gradient records, own and others' sum
+  kReturnedBuffer,          // [h,own blocks] gradient records of one other rank
+  kReturnListBuffer,        // int64 offsets, int32 peers, int32 records, [h,own blocks] each
+  kReturnCountersBuffer,    // [pieces,P] int32 gradient records received
+  kWeightGradientsBuffer,   // of the compressors of k and v; then [P, kWeightsAtATime] for sums
+  kBackwardScratchBuffer,   // of the stage in progress
   kNumWorkspaceBuffers,
 };
+constexpr WorkspaceBuffer kFirstForwardBuffer = kWindowOutputBuffer;
+constexpr WorkspaceBuffer kFirstBackwardBuffer = kGatesBuffer;
+constexpr int64_t kWeightsAtATime = 1 << 20;  // gradients that are summed over ranks in one step
 
 // What PlanFetch writes of a piece, before the slots that each rank's records fill.
 struct FetchCounters {
@@ -59,10 +80,33 @@ constexpr int64_t FetchCounterBytes(int num_ranks) {
 
 // What a device's kernels say of their memory; see kernels/kernels.h.
 struct KernelBytes {
-  int64_t record;         // of one (select block, kv head)
-  int64_t score_scratch;  // within ScoreLimitsOf
+  int64_t record;                // of one (select block, kv head)
+  int64_t score_scratch;         // within ScoreLimitsOf
+  int64_t backward_scratch = 0;  // of the stage that needs most, within BackwardLimitsOf
 };
 kernels::ScoreLimits ScoreLimitsOf(const RankPlan& rank_plan, const BlockMap& blocks);
+kernels::BackwardLimits BackwardLimitsOf(const kernels::AttentionDims& dims,
+                                         const RankPlan& rank_plan, const BlockMap& blocks,
+                                         int32_t kv_heads_a_piece);
+
+// Bytes of the gradient of one record: K's [l',Dk], V's [l',Dv], f32.
+int64_t RecordGradientBytes(const kernels::AttentionDims& dims);
+
+// Of how many kv heads this rank could do the backward at a time: their remote blocks fit into the
+// fetch budget, and their dq takes no more than 2 GiB, unless one head's does. 0: the budget cannot
+// hold one head's blocks.
+int32_t BackwardHeadsAPiece(const kernels::AttentionDims& dims, const RankPlan& rank_plan,
+                            int64_t record_bytes, int64_t fetch_budget_bytes);
+
+// What the workspace has room for beside the forward.
+struct BackwardRoom {
+  int32_t kv_heads_a_piece = 0;  // the same on all ranks; 0: no backward
+  int64_t num_weights = 0;       // of one compressor, at most
+};
+// Numbers in the learned tensors of a compressor, each begun at a multiple of kWeightsAlignment.
+constexpr int64_t kWeightsAlignment = 64;
+int64_t MaxCompressorWeights(const kernels::AttentionDims& dims, Compressor compressor,
+                             int64_t hidden_width);
 
 const char* NameOf(WorkspaceBuffer buffer);
 
@@ -76,6 +120,8 @@ struct WorkspaceLayout {
   // into pieces, and the host waits to learn where.
   int32_t kv_heads_a_piece = 0;
   int64_t window_bytes = 0;  // records of own blocks; a communicator window beside the workspace
+  BackwardRoom backward;
+  int64_t slot_gradients_bytes = 0;  // gradient records of slots; a second window
 };
 
 // InvalidArgument when the fetch budget can't hold one query's blocks.
@@ -83,7 +129,8 @@ absl::StatusOr<WorkspaceLayout> MakeWorkspaceLayout(const kernels::AttentionDims
                                                     const RankPlan& rank_plan,
                                                     const BlockMap& blocks, int64_t table_bytes,
                                                     const KernelBytes& kernel_bytes,
-                                                    int64_t fetch_budget_bytes);
+                                                    int64_t fetch_budget_bytes,
+                                                    const BackwardRoom& backward = {});
 
 // Bytes of one row of the summaries: kc and vc of one compression block, all kv heads.
 int64_t SummaryRowBytes(const kernels::AttentionDims& dims);
