@@ -42,6 +42,21 @@ class CpuKernels : public HostOrder {
   absl::Status AttendSelected(const AttendSelectedParams& params, void* stream) override;
   absl::Status AttendWindow(const AttendWindowParams& params, void* stream) override;
 
+  int64_t SelectedBackwardScratchBytes(const AttentionDims& dims,
+                                       const BackwardLimits& limits) const override;
+  absl::Status GateBackward(const GateBackwardParams& params, void* stream) override;
+  absl::Status AttendWindowBackward(const AttendWindowBackwardParams& params,
+                                    void* stream) override;
+  absl::Status AttendSelectedBackward(const AttendSelectedBackwardParams& params,
+                                      void* stream) override;
+  absl::Status AttendSummariesBackward(const AttendSummariesBackwardParams& params,
+                                       void* stream) override;
+  absl::Status UnpackGradients(const UnpackGradientsParams& params, void* stream) override;
+  absl::Status PlanReturn(const PlanReturnParams& params, void* stream) override;
+  absl::Status AddIndexedRows(const AddIndexedRowsParams& params, void* stream) override;
+  absl::Status AddRows(const AddRowsParams& params, void* stream) override;
+  absl::Status StoreGradient(const StoreGradientParams& params, void* stream) override;
+
  private:
   explicit CpuKernels(std::unique_ptr<cpu::Workers> workers) : workers_(std::move(workers)) {}
 
