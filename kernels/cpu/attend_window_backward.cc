@@ -11,13 +11,6 @@
 namespace nsa::kernels::cpu {
 namespace {
 
-// Consecutive tokens of a document.
-struct TokenRun {
-  int32_t document;
-  int64_t position;
-  int32_t num_tokens;
-};
-
 class Item {
  public:
   Item(const AttendWindowBackwardParams& params, int32_t kv_head, const BranchScratch& scratch)
@@ -54,8 +47,10 @@ class Item {
                  SetVisible(run, keys.position, keys.num_tokens);
                  branch_.AddToKeys(run.num_queries * group_size_);
                });
-    Store(keys, params_.k, params_.dk, dims_.head_dim_qk, s_.dk);
-    Store(keys, params_.v, params_.dv, dims_.head_dim_v, s_.dv);
+    StoreTokenGradients(params_.k, params_.dk, dims_, dims_.head_dim_qk, keys, kv_head_, s_.dk,
+                        s_.gradients);
+    StoreTokenGradients(params_.v, params_.dv, dims_, dims_.head_dim_v, keys, kv_head_, s_.dv,
+                        s_.gradients);
   }
 
  private:
@@ -88,16 +83,6 @@ class Item {
     branch_.LoadValues(s_.tokens, keys.num_tokens);
   }
 
-  void Store(const TokenRun& keys, const TokenRows& tokens, const TokenGradients& gradients,
-             int32_t head_dim, const float* sums) {
-    FindGradients(tokens, gradients, dims_, head_dim, keys.document, keys.position, keys.num_tokens,
-                  kv_head_, s_.gradients);
-    for (int32_t i = 0; i < keys.num_tokens; ++i) {
-      if (!gradients.adds) std::fill_n(s_.gradients[i], head_dim, 0.0f);
-      AddScaled(sums + i * head_dim, head_dim, 1.0f, s_.gradients[i]);
-    }
-  }
-
   const AttendWindowBackwardParams& params_;
   const AttentionDims& dims_;
   const int64_t group_size_;
@@ -114,15 +99,7 @@ absl::Status AttendWindowBackward(const AttendWindowBackwardParams& params, Work
                                                 kBackwardRows, workers.num_threads());
   const std::vector<QueryRun> queries =
       SplitQueries(params.queries, 0, params.queries.num_tokens, queries_per_run);
-  std::vector<TokenRun> keys;
-  for (int32_t i = 0; i < params.k.num_segments; ++i) {
-    const Segment& segment = params.k.segments[i];
-    for (int64_t begin = 0; begin < segment.num_tokens; begin += kTileKeys) {
-      const int64_t num_tokens = std::min<int64_t>(kTileKeys, segment.num_tokens - begin);
-      keys.push_back(
-          {segment.document, segment.position + begin, static_cast<int32_t>(num_tokens)});
-    }
-  }
+  const std::vector<TokenRun> keys = SplitTokens(params.k, kTileKeys);
   const HeadRange& heads = params.queries.kv_heads;
   const int64_t num_key_items = static_cast<int64_t>(keys.size()) * heads.size();
   const int64_t num_query_items = static_cast<int64_t>(queries.size()) * heads.size();

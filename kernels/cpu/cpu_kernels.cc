@@ -125,6 +125,11 @@ int64_t CpuKernels::SelectedBackwardScratchBytes(const AttentionDims& dims,
   return cpu::SelectedBackwardScratchBytes(dims, limits);
 }
 
+int64_t CpuKernels::CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,
+                                                 int32_t hidden_width, int64_t num_blocks) const {
+  return cpu::CompressBackwardScratchBytes(dims, compressor, hidden_width, num_blocks);
+}
+
 absl::Status CpuKernels::GateBackward(const GateBackwardParams& params, void* /*stream*/) {
   return cpu::GateBackward(params, *workers_);
 }
@@ -142,6 +147,10 @@ absl::Status CpuKernels::AttendSelectedBackward(const AttendSelectedBackwardPara
 absl::Status CpuKernels::AttendSummariesBackward(const AttendSummariesBackwardParams& params,
                                                  void* /*stream*/) {
   return cpu::AttendSummariesBackward(params, *workers_);
+}
+
+absl::Status CpuKernels::CompressBackward(const CompressBackwardParams& params, void* /*stream*/) {
+  return cpu::CompressBackward(params, *workers_);
 }
 
 absl::Status CpuKernels::UnpackGradients(const UnpackGradientsParams& params, void* /*stream*/) {

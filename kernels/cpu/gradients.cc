@@ -21,10 +21,8 @@ absl::Status UnpackGradients(const UnpackGradientsParams& params, Workers& worke
   const int64_t block_tokens = dims.select_block_tokens;
   const int64_t record_values =
       block_tokens * static_cast<int64_t>(dims.head_dim_qk + dims.head_dim_v);
-  const TokenRows tokens{.own = {},
-                         .halo = {},
-                         .segments = params.segments,
-                         .num_segments = params.num_segments};
+  const TokenRows tokens{
+      .own = {}, .halo = {}, .segments = params.segments, .num_segments = params.num_segments};
   const std::vector<BlockPlace> places =
       PlacesOfBlocks(params.runs, params.num_runs, params.num_blocks);
   // An item is one record: [kv head, block]. Blocks do not overlap.

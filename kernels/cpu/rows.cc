@@ -41,6 +41,29 @@ void FindGradients(const TokenRows& tokens, const TokenGradients& gradients,
              const_cast<const void**>(reinterpret_cast<void**>(rows)));
 }
 
+std::vector<TokenRun> SplitTokens(const TokenRows& tokens, int64_t max_tokens) {
+  std::vector<TokenRun> runs;
+  for (int32_t i = 0; i < tokens.num_segments; ++i) {
+    const Segment& segment = tokens.segments[i];
+    for (int64_t t = 0; t < segment.num_tokens; t += max_tokens) {
+      runs.push_back({segment.document, segment.position + t,
+                      static_cast<int32_t>(std::min(max_tokens, segment.num_tokens - t))});
+    }
+  }
+  return runs;
+}
+
+void StoreTokenGradients(const TokenRows& tokens, const TokenGradients& gradients,
+                         const AttentionDims& dims, int32_t head_dim, const TokenRun& run,
+                         int32_t head, const float* sums, float** rows) {
+  FindGradients(tokens, gradients, dims, head_dim, run.document, run.position, run.num_tokens, head,
+                rows);
+  for (int32_t i = 0; i < run.num_tokens; ++i) {
+    if (!gradients.adds) std::fill_n(rows[i], head_dim, 0.0f);
+    AddScaled(sums + static_cast<int64_t>(i) * head_dim, head_dim, 1.0f, rows[i]);
+  }
+}
+
 int64_t NumVisibleSummaries(const AttentionDims& dims, int64_t position) {
   const int64_t past_first = position + 1 - dims.compress_block_tokens;
   return past_first < 0 ? 0 : past_first / dims.compress_stride_tokens + 1;

@@ -33,6 +33,22 @@ void FindGradients(const TokenRows& tokens, const TokenGradients& gradients,
                    const AttentionDims& dims, int32_t head_dim, int32_t document, int64_t position,
                    int32_t count, int32_t head, float** rows);
 
+// Consecutive tokens of a document.
+struct TokenRun {
+  int32_t document;
+  int64_t position;
+  int32_t num_tokens;
+};
+
+// The tokens of all segments in runs of at most `max_tokens`.
+std::vector<TokenRun> SplitTokens(const TokenRows& tokens, int64_t max_tokens);
+
+// `sums` [num_tokens,head_dim] go where the gradients of the run's tokens are, in place of what is
+// there or added to it. All of the run are covered by segments; `rows` has room for num_tokens.
+void StoreTokenGradients(const TokenRows& tokens, const TokenGradients& gradients,
+                         const AttentionDims& dims, int32_t head_dim, const TokenRun& run,
+                         int32_t head, const float* sums, float** rows);
+
 // Compression blocks that the token at `position` of its document sees.
 int64_t NumVisibleSummaries(const AttentionDims& dims, int64_t position);
 

@@ -25,6 +25,10 @@ absl::Status AttendSelectedBackward(const AttendSelectedBackwardParams& params,
                                     Workers& workers);  // attend_selected_backward.cc
 absl::Status AttendSummariesBackward(const AttendSummariesBackwardParams& params,
                                      Workers& workers);  // attend_summaries_backward.cc
+int64_t CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,
+                                     int32_t hidden_width, int64_t num_blocks);
+absl::Status CompressBackward(const CompressBackwardParams& params,
+                              Workers& workers);  // compress_backward.cc
 
 // gradients.cc
 absl::Status UnpackGradients(const UnpackGradientsParams& params, Workers& workers);
