@@ -99,7 +99,7 @@ class Item {
         dims_, run, picks, end, s_.visible,
         [&](int32_t block, int32_t first_key) {
           LoadRecord(LocationOf(params_, run.document, block, kv_head_), first_key);
-          branch_.KeysAreLoaded();
+          branch_.MakeKeyPanels();
         },
         [&](int64_t row_begin, int64_t num_rows) { branch_.AddToQueries(row_begin, num_rows); });
     branch_.StoreQueries(run, params_.queries_gradients);

@@ -35,7 +35,7 @@ class Item {
       const SummaryRun keys{run.document, tile,
                             static_cast<int32_t>(std::min<int64_t>(kTileKeys, num_visible - tile))};
       LoadSummaries(keys);
-      branch_.KeysAreLoaded();
+      branch_.MakeKeyPanels();
       QueryRun seeing = run;
       seeing.position = std::max(run.position, FirstPositionOf(keys));
       seeing.num_queries = run.position + run.num_queries - seeing.position;

@@ -1,4 +1,4 @@
-// The backward of the window.
+// The backward of the window. Segments of k and of v cover the same tokens.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -30,7 +30,7 @@ class Item {
       const QueryRun seeing = Seeing({run.document, tile, kTileKeys}, run);
       if (seeing.num_queries <= 0) continue;
       LoadTokens({run.document, tile, kTileKeys});
-      branch_.KeysAreLoaded();
+      branch_.MakeKeyPanels();
       SetVisible(seeing, tile, kTileKeys);
       branch_.AddToQueries((seeing.row - run.row) * group_size_, seeing.num_queries * group_size_);
     }

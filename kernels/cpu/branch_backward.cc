@@ -76,7 +76,7 @@ void BranchItem::StartQueries(const QueryRun& run) {
   std::fill_n(s_.dq, run.num_queries * dims_.group_size() * dims_.head_dim_qk, 0.0f);
 }
 
-void BranchItem::KeysAreLoaded() {
+void BranchItem::MakeKeyPanels() {
   const void* rows[kTileKeys];
   for (int64_t panel = 0; panel < dims_.head_dim_qk; panel += kTileKeys) {
     for (int64_t i = 0; i < kTileKeys; ++i) rows[i] = s_.keys + (panel + i) * kTileKeys;

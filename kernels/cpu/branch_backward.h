@@ -62,14 +62,15 @@ class BranchItem {
   // Of K of a record [Dk,key_stride], whose columns are keys already.
   void LoadKeyColumns(const void* columns, int64_t key_stride, int32_t count);
 
-  // An item of queries: StartQueries, then for each tile KeysAreLoaded, then AddToQueries.
-  // Row row_begin + i sees scratch.visible[i].
+  // An item of queries: StartQueries, then for each tile, when it is loaded, MakeKeyPanels and
+  // AddToQueries, with row row_begin + i seeing scratch.visible[i], then StoreQueries.
   void StartQueries(const QueryRun& run);
-  void KeysAreLoaded();
+  void MakeKeyPanels();
   void AddToQueries(int64_t row_begin, int64_t num_rows);
   void StoreQueries(const QueryRun& run, const QueryGradients& gradients);
 
-  // An item of keys: StartKeys, then for each run AddToKeys, with row i seeing scratch.visible[i].
+  // An item of keys: StartKeys when they are loaded, then for each run, when it is loaded,
+  // AddToKeys, with row i seeing scratch.visible[i]. The sums are in scratch.dk and scratch.dv.
   void StartKeys();
   void AddToKeys(int64_t num_rows);
 
