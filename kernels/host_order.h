@@ -4,6 +4,7 @@
 #define KERNELS_HOST_ORDER_H_
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 
 #include "absl/status/status.h"
@@ -18,6 +19,10 @@ class HostOrder : public Kernels {
  public:
   int64_t RowAlignment() const override { return 1; }
   absl::Status Synchronize(void* /*stream*/) override { return absl::OkStatus(); }
+  absl::Status Zero(void* dst, int64_t num_bytes, void* /*stream*/) override {
+    if (num_bytes > 0) std::memset(dst, 0, num_bytes);
+    return absl::OkStatus();
+  }
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override {
     return std::make_unique<HostStream>();
   }

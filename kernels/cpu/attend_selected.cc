@@ -1,14 +1,13 @@
 // Stages 7 and 8: attention over the selected blocks, then the gate.
 //
-// An item is a run of queries of one kv head. It walks the union of their blocks in ascending
-// order, so that a block which several of them selected is loaded once; each query still sees
-// exactly its own blocks in its own order.
+// An item is a run of queries of one kv head.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #include "kernels/cpu/float_types.h"
 #include "kernels/cpu/rows.h"
+#include "kernels/cpu/selected_picks.h"
 #include "kernels/cpu/stages.h"
 #include "kernels/cpu/tile_ops.h"
 
@@ -16,11 +15,6 @@ namespace nsa::kernels::cpu {
 namespace {
 
 constexpr int64_t kTargetRows = 128;
-
-struct Pick {
-  int32_t block;  // in the document
-  int32_t query;  // in the run
-};
 
 struct Scratch {
   Scratch(const AttentionDims& dims, int64_t queries, char* memory)
@@ -80,74 +74,23 @@ class Item {
               .sums = s.sums} {}
 
   void Run() {
-    LoadQueries(dims_, params_.queries, run_, kv_head_, s_.q);
+    LoadQueries(dims_, params_.queries.q, dims_.head_dim_qk, run_, kv_head_, s_.q);
     ResetRows(rows_, run_.num_queries * group_size_);
-    const Pick* const end = CollectPicks();
-    for (const Pick* pick = s_.picks; pick != end;) {
-      const Pick* const next =
-          std::find_if(pick, end, [&](const Pick& other) { return other.block != pick->block; });
-      AttendBlock(pick, next);
-      pick = next;
-    }
+    const Pick* const end = CollectPicks(dims_, params_.block_indices, run_, kv_head_, s_.picks);
+    KeyTile tile;
+    WalkPicks(
+        dims_, run_, s_.picks, end, s_.visible,
+        [&](int32_t block, int32_t first_key) {
+          const int64_t location = LocationOf(params_, run_.document, block, kv_head_);
+          tile = LoadTile(RecordAt(params_, location, RecordBytes(dims_)), first_key);
+        },
+        [&](int64_t row_begin, int64_t num_rows) {
+          AttendTile(rows_, row_begin, num_rows, tile, s_.visible);
+        });
     for (int64_t row = 0; row < run_.num_queries * group_size_; ++row) FinishRowAndGate(row);
   }
 
  private:
-  // The picks of all queries of the run, by block and then query; returns their end.
-  Pick* CollectPicks() {
-    Pick* end = s_.picks;
-    for (int64_t i = 0; i < run_.num_queries; ++i) {
-      const int32_t* const indices =
-          params_.block_indices +
-          ((run_.row + i) * dims_.num_kv_heads + kv_head_) * dims_.num_selected_blocks;
-      for (int32_t j = 0; j < dims_.num_selected_blocks && indices[j] >= 0; ++j) {
-        *end++ = Pick{.block = indices[j], .query = static_cast<int32_t>(i)};
-      }
-    }
-    std::sort(s_.picks, end, [](const Pick& a, const Pick& b) {
-      return a.block != b.block ? a.block < b.block : a.query < b.query;
-    });
-    return end;
-  }
-
-  // The queries of [begin, end), all of the same block.
-  void AttendBlock(const Pick* begin, const Pick* end) {
-    const int64_t first_token = static_cast<int64_t>(begin->block) * dims_.select_block_tokens;
-    const char* const record = FindRecord(begin->block);
-    for (int32_t first_key = 0; first_key < dims_.select_block_tokens; first_key += kTileKeys) {
-      // Queries come in the order of their positions: those that see the tile are the last ones.
-      const Pick* const first = std::find_if(begin, end, [&](const Pick& pick) {
-        return run_.position + pick.query >= first_token + first_key;
-      });
-      if (first == end) break;
-      const KeyTile tile = LoadTile(record, first_key);
-      for (const Pick* pick = first; pick != end;) {
-        // Queries that follow one another have their rows in one piece.
-        const int64_t row_begin = pick->query * group_size_;
-        int64_t num_rows = 0;
-        for (int32_t query = pick->query; pick != end && pick->query == query; ++pick, ++query) {
-          const int64_t past_first = run_.position + query - first_token - first_key;
-          const VisibleKeys visible{
-              .begin = 0,
-              .end = static_cast<int32_t>(std::min<int64_t>(tile.width, past_first + 1))};
-          std::fill_n(s_.visible + num_rows, group_size_, visible);
-          num_rows += group_size_;
-        }
-        AttendTile(rows_, row_begin, num_rows, tile, s_.visible);
-      }
-    }
-  }
-
-  const char* FindRecord(int32_t block) const {
-    const int64_t global_block = params_.queries.documents[run_.document].slc_block_begin + block;
-    const int64_t location = params_.locations[kv_head_ * params_.num_blocks + global_block];
-    const int64_t record_bytes = RecordBytes(dims_);
-    return location < params_.num_own_records
-               ? static_cast<const char*>(params_.own_records) + location * record_bytes
-               : static_cast<const char*>(params_.slots) +
-                     (location - params_.num_own_records) * record_bytes;
-  }
-
   // Keys [first_key, first_key + kTileKeys) of a record, or those that are left; f32 is used in
   // place.
   KeyTile LoadTile(const char* record, int32_t first_key) const {

@@ -74,7 +74,7 @@ void AttendRun(const AttendWindowParams& params, const QueryRun& run, int32_t kv
                          .o = s.o,
                          .max = s.max,
                          .sums = s.sums};
-  LoadQueries(dims, params.queries, run, kv_head, s.q);
+  LoadQueries(dims, params.queries.q, dims.head_dim_qk, run, kv_head, s.q);
   ResetRows(rows, run.num_queries * group_size);
 
   const int64_t first_key = std::max<int64_t>(0, run.position - dims.window_tokens + 1);
@@ -87,11 +87,7 @@ void AttendRun(const AttendWindowParams& params, const QueryRun& run, int32_t kv
         run.num_queries, tile + kTileKeys - 1 + dims.window_tokens - run.position);
     if (query_begin >= query_end) continue;
     for (int64_t i = query_begin; i < query_end; ++i) {
-      const int64_t position = run.position + i;
-      const VisibleKeys visible{
-          .begin =
-              static_cast<int32_t>(std::max<int64_t>(0, position - dims.window_tokens + 1 - tile)),
-          .end = static_cast<int32_t>(std::min<int64_t>(kTileKeys, position + 1 - tile))};
+      const VisibleKeys visible = WindowKeys(dims, run.position + i, tile, kTileKeys);
       std::fill_n(s.visible + (i - query_begin) * group_size, group_size, visible);
     }
     AttendTile(rows, query_begin * group_size, (query_end - query_begin) * group_size,

@@ -120,4 +120,58 @@ absl::Status CpuKernels::AttendWindow(const AttendWindowParams& params, void* /*
   return cpu::AttendWindow(params, *workers_);
 }
 
+int64_t CpuKernels::SelectedBackwardScratchBytes(const AttentionDims& dims,
+                                                 const BackwardLimits& limits) const {
+  return cpu::SelectedBackwardScratchBytes(dims, limits);
+}
+
+int64_t CpuKernels::CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,
+                                                 int32_t hidden_width, int64_t num_blocks) const {
+  return cpu::CompressBackwardScratchBytes(dims, compressor, hidden_width, num_blocks);
+}
+
+absl::Status CpuKernels::GateBackward(const GateBackwardParams& params, void* /*stream*/) {
+  return cpu::GateBackward(params, *workers_);
+}
+
+absl::Status CpuKernels::AttendWindowBackward(const AttendWindowBackwardParams& params,
+                                              void* /*stream*/) {
+  return cpu::AttendWindowBackward(params, *workers_);
+}
+
+absl::Status CpuKernels::AttendSelectedBackward(const AttendSelectedBackwardParams& params,
+                                                void* /*stream*/) {
+  return cpu::AttendSelectedBackward(params, *workers_);
+}
+
+absl::Status CpuKernels::AttendSummariesBackward(const AttendSummariesBackwardParams& params,
+                                                 void* /*stream*/) {
+  return cpu::AttendSummariesBackward(params, *workers_);
+}
+
+absl::Status CpuKernels::CompressBackward(const CompressBackwardParams& params, void* /*stream*/) {
+  return cpu::CompressBackward(params, *workers_);
+}
+
+absl::Status CpuKernels::UnpackGradients(const UnpackGradientsParams& params, void* /*stream*/) {
+  return cpu::UnpackGradients(params, *workers_);
+}
+
+absl::Status CpuKernels::PlanReturn(const PlanReturnParams& params, void* /*stream*/) {
+  cpu::PlanReturn(params);
+  return absl::OkStatus();
+}
+
+absl::Status CpuKernels::AddIndexedRows(const AddIndexedRowsParams& params, void* /*stream*/) {
+  return cpu::AddIndexedRows(params, *workers_);
+}
+
+absl::Status CpuKernels::AddRows(const AddRowsParams& params, void* /*stream*/) {
+  return cpu::AddRows(params, *workers_);
+}
+
+absl::Status CpuKernels::StoreGradient(const StoreGradientParams& params, void* /*stream*/) {
+  return cpu::StoreGradient(params, *workers_);
+}
+
 }  // namespace nsa::kernels

@@ -1,8 +1,9 @@
 // The kernels on the host's cores. Host memory, every call has finished when it returns.
 //
 // Each result is the same bit for bit whatever the number of threads, the cut of queries into calls
-// and segments, and the place (own or halo, own record or slot) that a token is read from. Any
-// number of threads may call one object; calls that compute run one after another.
+// and segments, and the place (own or halo, own record or slot) that a token is read from; except
+// that gradients of keys, values and parameters depend on the cut. Any number of threads may call
+// one object; calls that compute run one after another.
 #ifndef KERNELS_CPU_CPU_KERNELS_H_
 #define KERNELS_CPU_CPU_KERNELS_H_
 
@@ -41,6 +42,24 @@ class CpuKernels : public HostOrder {
   absl::Status PlanFetch(const PlanFetchParams& params, void* stream) override;
   absl::Status AttendSelected(const AttendSelectedParams& params, void* stream) override;
   absl::Status AttendWindow(const AttendWindowParams& params, void* stream) override;
+
+  int64_t SelectedBackwardScratchBytes(const AttentionDims& dims,
+                                       const BackwardLimits& limits) const override;
+  int64_t CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,
+                                       int32_t hidden_width, int64_t num_blocks) const override;
+  absl::Status GateBackward(const GateBackwardParams& params, void* stream) override;
+  absl::Status AttendWindowBackward(const AttendWindowBackwardParams& params,
+                                    void* stream) override;
+  absl::Status AttendSelectedBackward(const AttendSelectedBackwardParams& params,
+                                      void* stream) override;
+  absl::Status AttendSummariesBackward(const AttendSummariesBackwardParams& params,
+                                       void* stream) override;
+  absl::Status CompressBackward(const CompressBackwardParams& params, void* stream) override;
+  absl::Status UnpackGradients(const UnpackGradientsParams& params, void* stream) override;
+  absl::Status PlanReturn(const PlanReturnParams& params, void* stream) override;
+  absl::Status AddIndexedRows(const AddIndexedRowsParams& params, void* stream) override;
+  absl::Status AddRows(const AddRowsParams& params, void* stream) override;
+  absl::Status StoreGradient(const StoreGradientParams& params, void* stream) override;
 
  private:
   explicit CpuKernels(std::unique_ptr<cpu::Workers> workers) : workers_(std::move(workers)) {}

@@ -25,11 +25,6 @@ void TransposeRows(const void* const* rows, int64_t num_tokens, int64_t head_dim
   }
 }
 
-struct BlockPlace {
-  int32_t document;
-  int64_t block;  // in the document
-};
-
 }  // namespace
 
 int64_t RecordBytes(const AttentionDims& dims) {
@@ -44,14 +39,8 @@ absl::Status PackBlocks(const PackBlocksParams& params, Workers& workers) {
   const int64_t block_tokens = dims.select_block_tokens;
   const int64_t element_bytes = SizeOf(dims.dtype);
   const int64_t record_bytes = RecordBytes(dims);
-  std::vector<BlockPlace> places;
-  places.reserve(params.num_blocks);
-  for (int32_t r = 0; r < params.num_runs; ++r) {
-    const BlockRun& run = params.runs[r];
-    for (int64_t b = 0; b < run.num_blocks; ++b) {
-      places.push_back({run.document, run.first_block + b});
-    }
-  }
+  const std::vector<BlockPlace> places =
+      PlacesOfBlocks(params.runs, params.num_runs, params.num_blocks);
   // An item is one record: [kv head, block].
   const int64_t num_items = params.num_blocks * dims.num_kv_heads;
   const int64_t scratch_bytes = block_tokens * static_cast<int64_t>(sizeof(void*));

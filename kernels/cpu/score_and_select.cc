@@ -25,12 +25,6 @@ int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Compression blocks that the token at `position` of its document sees.
-int64_t NumVisible(const AttentionDims& dims, int64_t position) {
-  const int64_t past_first = position + 1 - dims.compress_block_tokens;
-  return past_first < 0 ? 0 : past_first / dims.compress_stride_tokens + 1;
-}
-
 struct Shape {
   int64_t rows;          // of an item
   int64_t logit_stride;  // summaries that an item may see, whole tiles
@@ -83,7 +77,7 @@ class Item {
         kv_head_(kv_head),
         group_size_(dims_.group_size()),
         num_rows_(run.num_queries * group_size_),
-        num_visible_(NumVisible(dims_, run.position + run.num_queries - 1)),
+        num_visible_(NumVisibleSummaries(dims_, run.position + run.num_queries - 1)),
         s_(dims_, shape, scratch),
         rows_{.head_dim_qk = dims_.head_dim_qk,
               .head_dim_v = dims_.head_dim_v,
@@ -94,7 +88,7 @@ class Item {
               .sums = s_.sums} {}
 
   void Run(std::vector<ScoredBlock>& heap) {
-    LoadQueries(dims_, params_.queries, run_, kv_head_, s_.q);
+    LoadQueries(dims_, params_.queries.q, dims_.head_dim_qk, run_, kv_head_, s_.q);
     ResetRows(rows_, num_rows_);
     for (int64_t tile = 0; tile < num_visible_; tile += kTileKeys) ComputeLogits(tile);
     for (int64_t tile = 0; tile < num_visible_; tile += kTileKeys) AddValues(tile);
@@ -102,7 +96,9 @@ class Item {
   }
 
  private:
-  int64_t NumVisibleTo(int64_t query) const { return NumVisible(dims_, run_.position + query); }
+  int64_t NumVisibleTo(int64_t query) const {
+    return NumVisibleSummaries(dims_, run_.position + query);
+  }
 
   // The first query of the run that sees summary `block`.
   int64_t FirstQueryOf(int64_t block) const {
@@ -243,7 +239,7 @@ absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, Workers& workers
   const int64_t strides_per_block = dims.select_block_tokens / dims.compress_stride_tokens;
   const int64_t max_candidates = last_position / dims.select_block_tokens + 1;
   Shape shape;
-  shape.logit_stride = RoundUp(NumVisible(dims, last_position), kTileKeys);
+  shape.logit_stride = RoundUp(NumVisibleSummaries(dims, last_position), kTileKeys);
   shape.strides = std::max(shape.logit_stride, RoundUp(max_candidates * strides_per_block, kLanes));
   shape.reach = RoundUp(dims.compress_block_tokens / dims.compress_stride_tokens - 1, kLanes);
 

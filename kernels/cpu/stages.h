@@ -17,6 +17,26 @@ absl::Status AttendSelected(const AttendSelectedParams& params,
                             Workers& workers);  // attend_selected.cc
 absl::Status AttendWindow(const AttendWindowParams& params, Workers& workers);  // attend_window.cc
 
+absl::Status GateBackward(const GateBackwardParams& params, Workers& workers);  // gate_backward.cc
+absl::Status AttendWindowBackward(const AttendWindowBackwardParams& params,
+                                  Workers& workers);  // attend_window_backward.cc
+int64_t SelectedBackwardScratchBytes(const AttentionDims& dims, const BackwardLimits& limits);
+absl::Status AttendSelectedBackward(const AttendSelectedBackwardParams& params,
+                                    Workers& workers);  // attend_selected_backward.cc
+absl::Status AttendSummariesBackward(const AttendSummariesBackwardParams& params,
+                                     Workers& workers);  // attend_summaries_backward.cc
+int64_t CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,
+                                     int32_t hidden_width, int64_t num_blocks);
+absl::Status CompressBackward(const CompressBackwardParams& params,
+                              Workers& workers);  // compress_backward.cc
+
+// gradients.cc
+absl::Status UnpackGradients(const UnpackGradientsParams& params, Workers& workers);
+void PlanReturn(const PlanReturnParams& params);
+absl::Status AddIndexedRows(const AddIndexedRowsParams& params, Workers& workers);
+absl::Status AddRows(const AddRowsParams& params, Workers& workers);
+absl::Status StoreGradient(const StoreGradientParams& params, Workers& workers);
+
 // pack.cc
 //
 // A record is K of a select block as [Dk,l'], a column per token, then V as [l',Dv], both in the

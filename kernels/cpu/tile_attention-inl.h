@@ -1,4 +1,5 @@
-// Softmax over tiles of keys, a tile at a time: the part that selected and window attention share.
+// Softmax over tiles of keys, a tile at a time: the part that selected and window attention share,
+// and the backward of a row.
 // Included once per instruction set: see tile_ops.cc.
 #if defined(KERNELS_CPU_TILE_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KERNELS_CPU_TILE_ATTENTION_INL_H_
@@ -83,6 +84,27 @@ void AttendTile(const SoftmaxRows& rows, int64_t row_begin, int64_t num_rows, co
                           .depth = tile.width,
                           .cols = rows.head_dim_v},
                StoreRescaled{factors});
+  }
+}
+
+void SoftmaxBackward(float* HWY_RESTRICT p, float* HWY_RESTRICT ds, int32_t width,
+                     VisibleKeys visible, const RowOutputs& row, float scale) {
+  const hn::CappedTag<float, kLanes> d;
+  const float hidden = -std::numeric_limits<float>::infinity();
+  std::fill(p, p + visible.begin, hidden);
+  std::fill(p + visible.end, p + width, hidden);
+
+  const auto lse = hn::Set(d, row.lse);
+  const auto gate = hn::Set(d, row.gate);
+  const auto delta = hn::Set(d, row.delta);
+  const auto factor = hn::Set(d, scale);
+  for (int32_t i = 0; i < width; i += static_cast<int32_t>(hn::Lanes(d))) {
+    // A key with all the weight may come out a rounding error above the sum.
+    const auto x = hn::Min(hn::Sub(hn::LoadU(d, p + i), lse), hn::Zero(d));
+    const auto probability = ExpOfNonPositive(d, x);
+    const auto slope = hn::MulSub(gate, hn::LoadU(d, ds + i), delta);
+    hn::StoreU(hn::Mul(hn::Mul(factor, probability), slope), d, ds + i);
+    hn::StoreU(hn::Mul(gate, probability), d, p + i);
   }
 }
 

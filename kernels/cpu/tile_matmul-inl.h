@@ -60,6 +60,7 @@ HWY_INLINE void MatMulBlock(const MatMulArgs& args, const float* HWY_RESTRICT b,
   const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   const float* HWY_RESTRICT a = args.a;
   const int64_t a_stride = args.a_stride;
+  const int64_t a_depth_stride = args.a_depth_stride;
   V sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int32_t r = 0; r < kRows; ++r) {
@@ -72,7 +73,7 @@ HWY_INLINE void MatMulBlock(const MatMulArgs& args, const float* HWY_RESTRICT b,
     for (int32_t v = 0; v < kVectors; ++v) panel[v] = hn::LoadU(d, b + v * lanes);
 #pragma GCC unroll 8
     for (int32_t r = 0; r < kRows; ++r) {
-      const V value = hn::Set(d, a[r * a_stride + k]);
+      const V value = hn::Set(d, a[r * a_stride + k * a_depth_stride]);
 #pragma GCC unroll 8
       for (int32_t v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(value, panel[v], sum[r][v]);
     }

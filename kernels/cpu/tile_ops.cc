@@ -26,9 +26,11 @@ HWY_EXPORT(AddScaled);
 HWY_EXPORT(Scale);
 HWY_EXPORT(MaxOf);
 HWY_EXPORT(ExpAndSum);
+HWY_EXPORT(AddProducts);
 HWY_EXPORT(MatMul);
 HWY_EXPORT(MatMulAdd);
 HWY_EXPORT(AttendTile);
+HWY_EXPORT(SoftmaxBackward);
 
 void ToFloat(DType dtype, const void* src, int64_t count, float* dst) {
   HWY_DYNAMIC_DISPATCH(ToFloat)(dtype, src, count, dst);
@@ -66,6 +68,10 @@ float SumOfLanes(const float* lanes) {
   return sum[0];
 }
 
+void AddProducts(const float* a, const float* b, int64_t count, float* lanes) {
+  HWY_DYNAMIC_DISPATCH(AddProducts)(a, b, count, lanes);
+}
+
 void MatMul(const MatMulArgs& args, float factor) { HWY_DYNAMIC_DISPATCH(MatMul)(args, factor); }
 
 void MatMulAdd(const MatMulArgs& args) { HWY_DYNAMIC_DISPATCH(MatMulAdd)(args); }
@@ -79,6 +85,11 @@ void ResetRows(const SoftmaxRows& rows, int64_t num_rows) {
 void AttendTile(const SoftmaxRows& rows, int64_t row_begin, int64_t num_rows, const KeyTile& tile,
                 const VisibleKeys* visible) {
   HWY_DYNAMIC_DISPATCH(AttendTile)(rows, row_begin, num_rows, tile, visible);
+}
+
+void SoftmaxBackward(float* p, float* ds, int32_t width, VisibleKeys visible, const RowOutputs& row,
+                     float scale) {
+  HWY_DYNAMIC_DISPATCH(SoftmaxBackward)(p, ds, width, visible, row, scale);
 }
 
 float FinishRow(const SoftmaxRows& rows, int64_t row) {

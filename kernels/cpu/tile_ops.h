@@ -45,6 +45,8 @@ float MaxOf(const float* x, int64_t count);
 void ExpAndSum(float* x, int32_t width, int32_t count, float max, float* sums);
 // Sum of the kLanes lanes, as a tree.
 float SumOfLanes(const float* lanes);
+// lanes[i % kLanes] += a[i] * b[i]. count is a multiple of kLanes.
+void AddProducts(const float* a, const float* b, int64_t count, float* lanes);
 
 // ----------------------------------------------------------------------- product,
 // tile_matmul-inl.h
@@ -54,6 +56,7 @@ float SumOfLanes(const float* lanes);
 struct MatMulArgs {
   const float* a;
   int64_t a_stride;
+  int64_t a_depth_stride = 1;  // along a row of a: a transposed matrix is read in place
   const float* b;
   int64_t b_stride;
   float* c;
@@ -88,7 +91,7 @@ struct KeyTile {
   int32_t width;        // multiple of kLanes, at most kTileKeys
 };
 
-// The keys [begin, end) of a tile that a row sees; at least one.
+// The keys [begin, end) of a tile that a row sees; at least one in AttendTile.
 struct VisibleKeys {
   int32_t begin;
   int32_t end;
@@ -103,6 +106,19 @@ void AttendTile(const SoftmaxRows& rows, int64_t row_begin, int64_t num_rows, co
 // Divides by the sum, and returns the natural log of it: the row's LSE. -inf, and o = 0, for a row
 // without keys.
 float FinishRow(const SoftmaxRows& rows, int64_t row);
+
+// What the backward knows of a row.
+struct RowOutputs {
+  float lse;  // +inf for a row without keys
+  float gate;
+  float delta;  // gate * (dO . o)
+};
+
+// One row and tile of the backward. With P = exp(logit - lse) of the visible keys and 0 of the
+// others: p, the logits, becomes gate * P; ds, the values' products with dO, becomes the gradient
+// of q.k, scale * P * (gate * ds - delta).
+void SoftmaxBackward(float* p, float* ds, int32_t width, VisibleKeys visible, const RowOutputs& row,
+                     float scale);
 
 }  // namespace nsa::kernels::cpu
 

@@ -221,6 +221,66 @@ TEST_P(TileOpsTest, RowsWithoutKeys) {
   EXPECT_EQ(o, std::vector<float>(64, 0.0f));
 }
 
+TEST_P(TileOpsTest, TransposedMatrixIsMultipliedInPlace) {
+  const int64_t rows = 13, depth = 37, cols = 48;
+  const std::vector<float> a = Normals(depth * rows, random_), b = Normals(depth * cols, random_);
+  std::vector<float> transposed(rows * depth);
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t r = 0; r < rows; ++r) transposed[r * depth + k] = a[k * rows + r];
+  }
+  std::vector<float> c(rows * cols, 1.0f), expected = c;
+  MatMulArgs args{.a = transposed.data(),
+                  .a_stride = depth,
+                  .b = b.data(),
+                  .b_stride = cols,
+                  .c = expected.data(),
+                  .c_stride = cols,
+                  .rows = rows,
+                  .depth = depth,
+                  .cols = cols};
+  MatMulAdd(args);
+  args.a = a.data();
+  args.a_stride = 1;
+  args.a_depth_stride = rows;
+  args.c = c.data();
+  MatMulAdd(args);
+  EXPECT_EQ(c, expected);
+}
+
+TEST_P(TileOpsTest, ProductsAddUpInLanes) {
+  const std::vector<float> a = Normals(320, random_), b = Normals(320, random_);
+  std::vector<float> lanes(kLanes, 0.5f);
+  AddProducts(a.data(), b.data(), 320, lanes.data());
+  for (int32_t lane = 0; lane < kLanes; ++lane) {
+    double expected = 0.5;
+    for (int32_t i = lane; i < 320; i += kLanes) expected += double(a[i]) * b[i];
+    EXPECT_NEAR(lanes[lane], expected, 1e-5);
+  }
+}
+
+TEST_P(TileOpsTest, SoftmaxBackward) {
+  constexpr int32_t kWidth = 48;
+  const std::vector<float> logits = Normals(kWidth, random_), dp = Normals(kWidth, random_);
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const VisibleKeys visible : {VisibleKeys{0, kWidth}, {5, 6}, {17, 40}, {7, 7}}) {
+    for (const float lse : {3.0f, infinity}) {
+      std::vector<float> p = logits, ds = dp;
+      SoftmaxBackward(p.data(), ds.data(), kWidth, visible,
+                      {.lse = lse, .gate = 0.7f, .delta = 0.3f}, 0.125f);
+      for (int32_t i = 0; i < kWidth; ++i) {
+        if (i < visible.begin || i >= visible.end || lse == infinity) {
+          EXPECT_EQ(p[i], 0.0f) << i;
+          EXPECT_EQ(ds[i], 0.0f) << i;
+          continue;
+        }
+        const double probability = std::exp(double(logits[i]) - lse);
+        EXPECT_NEAR(p[i], 0.7 * probability, 1e-7) << i;
+        EXPECT_NEAR(ds[i], 0.125 * probability * (0.7 * dp[i] - 0.3), 1e-7) << i;
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(InstructionSets, TileOpsTest, ::testing::ValuesIn(InstructionSets()),
                          [](const auto& info) { return NameOfInstructionSet(info.param); });
 

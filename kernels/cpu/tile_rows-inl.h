@@ -96,6 +96,18 @@ void ExpAndSum(float* x, int32_t width, int32_t count, float max, float* sums) {
   }
 }
 
+void AddProducts(const float* a, const float* b, int64_t count, float* lanes) {
+  const hn::CappedTag<float, kLanes> d;
+  const int32_t step = static_cast<int32_t>(hn::Lanes(d));
+  for (int32_t lane = 0; lane < kLanes; lane += step) {
+    auto sum = hn::LoadU(d, lanes + lane);
+    for (int64_t i = lane; i < count; i += kLanes) {
+      sum = hn::MulAdd(hn::LoadU(d, a + i), hn::LoadU(d, b + i), sum);
+    }
+    hn::StoreU(sum, d, lanes + lane);
+  }
+}
+
 // NOLINTNEXTLINE(google-readability-namespace-comments)
 }  // namespace HWY_NAMESPACE
 }  // namespace nsa::kernels::cpu
