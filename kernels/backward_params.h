@@ -82,6 +82,7 @@ struct AttendWindowBackwardParams {
   TokenGradients dv;  // Dv
   // Streaming multiprocessors to leave to work on other streams; host implementations ignore it.
   int32_t sms_to_leave = 0;
+  void* scratch = nullptr;  // WindowBackwardScratchBytes; 256-byte aligned
 };
 
 // Of AttendSelected. Gradients of a record are K's [l',Dk] then V's [l',Dv], f32, a row a token;

@@ -95,6 +95,10 @@ class Kernels {
                                                const BackwardLimits& /*limits*/) const {
     return 0;
   }
+  virtual int64_t WindowBackwardScratchBytes(const AttentionDims& /*dims*/,
+                                             const BackwardLimits& /*limits*/) const {
+    return 0;
+  }
   virtual int64_t SummariesBackwardScratchBytes(const AttentionDims& /*dims*/,
                                                 const BackwardLimits& /*limits*/) const {
     return 0;

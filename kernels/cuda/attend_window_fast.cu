@@ -13,6 +13,7 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/wgmma.cuh"
 #include "kernels/cuda/wgmma_values.cuh"
 #include "kernels/cuda/window_rows.cuh"
@@ -570,49 +571,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
-
-// Null when the driver has no such function.
-EncodeTensorMap FindEncodeTensorMap() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  constexpr unsigned kVersion = 12000;  // the first with it
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             kVersion, cudaEnableDefault, &result);
-  const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-  return found ? reinterpret_cast<EncodeTensorMap>(function) : nullptr;
-}
-
-// False when the copy engine cannot be told of the tensor. The number of rows is not known; boxes
-// are asked for only where all of their rows are tokens.
-bool MakeTensorMap(EncodeTensorMap encode, const AttentionDims& dims, int32_t head_dim,
-                   const ConstTensor3& tensor, CUtensorMap* map) {
-  if (tensor.data == nullptr) return true;  // never used
-  const CUtensorMapDataType type = dims.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(head_dim),
-                               static_cast<cuuint64_t>(dims.num_kv_heads), cuuint64_t{1} << 31};
-  // The stride of a single head has no meaning, and may be anything.
-  const int64_t head_stride = dims.num_kv_heads == 1 ? head_dim : tensor.head_stride;
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(head_stride * 2),
-                                 static_cast<cuuint64_t>(tensor.row_stride * 2)};
-  const cuuint32_t box[3] = {64, 1, kTileKeys};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  return encode(map, type, 3, const_cast<void*>(tensor.data), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 TensorMaps MakeTensorMaps(const AttendWindowParams& params) {
   TensorMaps maps{};
   const EncodeTensorMap encode = FindEncodeTensorMap();
   const AttentionDims& dims = params.dims;
-  maps.are_set = encode != nullptr &&
-                 MakeTensorMap(encode, dims, dims.head_dim_qk, params.k.own, &maps.keys[0]) &&
-                 MakeTensorMap(encode, dims, dims.head_dim_qk, params.k.halo, &maps.keys[1]) &&
-                 MakeTensorMap(encode, dims, dims.head_dim_v, params.v.own, &maps.values[0]) &&
-                 MakeTensorMap(encode, dims, dims.head_dim_v, params.v.halo, &maps.values[1]);
+  // The number of rows is not known; boxes are asked for only where all of their rows are tokens.
+  const auto make = [&](const ConstTensor3& tensor, int32_t head_dim, CUtensorMap* map) {
+    return tensor.data == nullptr ||  // never used
+           MakeTensorMap(encode,
+                         {dims.dtype, tensor.data, int64_t{1} << 31, dims.num_kv_heads, head_dim,
+                          tensor.row_stride, tensor.head_stride, 1, kTileKeys},
+                         map);
+  };
+  maps.are_set = encode != nullptr && make(params.k.own, dims.head_dim_qk, &maps.keys[0]) &&
+                 make(params.k.halo, dims.head_dim_qk, &maps.keys[1]) &&
+                 make(params.v.own, dims.head_dim_v, &maps.values[0]) &&
+                 make(params.v.halo, dims.head_dim_v, &maps.values[1]);
   return maps;
 }
 

@@ -220,4 +220,36 @@ absl::Status CudaKernels::AttendWindow(const AttendWindowParams& params, void* s
   return Enqueue(cuda::kAttendWindow, params, params.dims, device, stream);
 }
 
+int64_t CudaKernels::WindowBackwardScratchBytes(const AttentionDims& dims,
+                                                const BackwardLimits& limits) const {
+  return static_cast<int64_t>(cuda::WindowBackwardScratchBytes(dims, limits));
+}
+
+int64_t CudaKernels::SummariesBackwardScratchBytes(const AttentionDims& dims,
+                                                   const BackwardLimits& limits) const {
+  return static_cast<int64_t>(cuda::SummariesBackwardScratchBytes(dims, limits));
+}
+
+absl::Status CudaKernels::AttendWindowBackward(const AttendWindowBackwardParams& params,
+                                               void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  const absl::Status status =
+      First({scope.status(), CheckAligned("q", params.queries.q), CheckAligned("k", params.k),
+             CheckAligned("v", params.v), CheckAligned("d_o", params.outputs.d_o)});
+  if (!status.ok()) return status;
+  cuda::Device device = properties_;
+  device.num_sms = std::max(1, device.num_sms - params.sms_to_leave);
+  return Enqueue(cuda::kAttendWindowBackward, params, params.dims, device, stream);
+}
+
+absl::Status CudaKernels::AttendSummariesBackward(const AttendSummariesBackwardParams& params,
+                                                  void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  const absl::Status status =
+      First({scope.status(), CheckAligned("q", params.queries.q), CheckAligned("kc", params.kc),
+             CheckAligned("vc", params.vc), CheckAligned("d_o", params.outputs.d_o)});
+  if (!status.ok()) return status;
+  return Enqueue(cuda::kAttendSummariesBackward, params, params.dims, properties_, stream);
+}
+
 }  // namespace nsa::kernels

@@ -65,6 +65,15 @@ class CudaKernels : public Kernels {
   absl::Status AttendSelected(const AttendSelectedParams& params, void* stream) override;
   absl::Status AttendWindow(const AttendWindowParams& params, void* stream) override;
 
+  int64_t WindowBackwardScratchBytes(const AttentionDims& dims,
+                                     const BackwardLimits& limits) const override;
+  int64_t SummariesBackwardScratchBytes(const AttentionDims& dims,
+                                        const BackwardLimits& limits) const override;
+  absl::Status AttendWindowBackward(const AttendWindowBackwardParams& params,
+                                    void* stream) override;
+  absl::Status AttendSummariesBackward(const AttendSummariesBackwardParams& params,
+                                       void* stream) override;
+
  private:
   CudaKernels(int device, const cuda::Device& properties)
       : device_(device), properties_(properties) {}

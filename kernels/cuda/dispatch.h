@@ -8,6 +8,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/backward_params.h"
+#include "kernels/cuda/attend_backward.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/score_select.h"
 #include "kernels/params.h"
@@ -38,6 +40,12 @@ inline constexpr Stage<AttendSelectedParams> kAttendSelected = {
     "AttendSelected", LaunchAttendSelectedAny, LaunchAttendSelectedFast, HasFastAttendSelected};
 inline constexpr Stage<AttendWindowParams> kAttendWindow = {
     "AttendWindow", LaunchAttendWindowAny, LaunchAttendWindowFast, HasFastAttendWindow};
+inline constexpr Stage<AttendWindowBackwardParams> kAttendWindowBackward = {
+    "AttendWindowBackward", LaunchAttendWindowBackwardAny, LaunchAttendWindowBackwardFast,
+    HasFastAttendWindowBackward};
+inline constexpr Stage<AttendSummariesBackwardParams> kAttendSummariesBackward = {
+    "AttendSummariesBackward", LaunchAttendSummariesBackwardAny, LaunchAttendSummariesBackwardFast,
+    HasFastAttendSummariesBackward};
 
 }  // namespace nsa::kernels::cuda
 

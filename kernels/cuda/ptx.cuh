@@ -119,6 +119,42 @@ __device__ __forceinline__ void TensorCopy(uint32_t shared_dst, const void* map,
       : "memory");
 }
 
+// Adds a box of f32 in shared memory to a three-dimensional tensor; part of the open bulk group.
+__device__ __forceinline__ void TensorAdd(const void* map, int32_t x, int32_t y, int32_t z,
+                                          uint32_t shared_src) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2, %3}], "
+      "[%4];" ::"l"(map),
+      "r"(x), "r"(y), "r"(z), "r"(shared_src)
+      : "memory");
+}
+
+__device__ __forceinline__ void BulkCommit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Returns when this thread's bulk groups have read shared memory.
+__device__ __forceinline__ void BulkWaitRead() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Returns when this thread's bulk groups are complete.
+__device__ __forceinline__ void BulkWait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// Flags in global memory by which CTAs hand over data.
+
+__device__ __forceinline__ int32_t LoadAcquire(const int32_t* flag) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void StoreRelease(int32_t* flag, int32_t value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
 // Brings bytes at a 16-byte aligned address to the L2; a multiple of 16 of them.
 __device__ __forceinline__ void PrefetchL2(const void* global, uint32_t num_bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(num_bytes)
@@ -153,6 +189,11 @@ __device__ __forceinline__ void CopyAsyncWait() {
 // engine.
 __device__ __forceinline__ void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The same between all memory, also global, and the copy engine.
+__device__ __forceinline__ void FenceProxyAsyncAll() {
+  asm volatile("fence.proxy.async;" ::: "memory");
 }
 
 // Four 8x8 matrices of 16-bit values; lane 8*i + r gives the address of row r of matrix i.
