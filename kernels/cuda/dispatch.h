@@ -8,6 +8,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/backward_params.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/score_select.h"
 #include "kernels/params.h"
@@ -38,6 +39,19 @@ inline constexpr Stage<AttendSelectedParams> kAttendSelected = {
     "AttendSelected", LaunchAttendSelectedAny, LaunchAttendSelectedFast, HasFastAttendSelected};
 inline constexpr Stage<AttendWindowParams> kAttendWindow = {
     "AttendWindow", LaunchAttendWindowAny, LaunchAttendWindowFast, HasFastAttendWindow};
+
+inline constexpr Stage<GateBackwardParams> kGateBackward = {"GateBackward", LaunchGateBackward};
+inline constexpr Stage<AttendSelectedBackwardParams> kAttendSelectedBackward = {
+    "AttendSelectedBackward", LaunchAttendSelectedBackwardAny};
+inline constexpr Stage<CompressBackwardParams> kCompressBackward = {"CompressBackward",
+                                                                    LaunchCompressBackward};
+inline constexpr Stage<UnpackGradientsParams> kUnpackGradients = {"UnpackGradients",
+                                                                  LaunchUnpackGradients};
+inline constexpr Stage<PlanReturnParams> kPlanReturn = {"PlanReturn", LaunchPlanReturn};
+inline constexpr Stage<AddIndexedRowsParams> kAddIndexedRows = {"AddIndexedRows",
+                                                                LaunchAddIndexedRows};
+inline constexpr Stage<AddRowsParams> kAddRows = {"AddRows", LaunchAddRows};
+inline constexpr Stage<StoreGradientParams> kStoreGradient = {"StoreGradient", LaunchStoreGradient};
 
 }  // namespace nsa::kernels::cuda
 
