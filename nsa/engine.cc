@@ -306,7 +306,8 @@ KernelBytes KernelBytesOf(const PassContext& context, const BackwardRoom& backwa
   if (backward.kv_heads_a_piece > 0) {
     const kernels::BackwardLimits limits =
         BackwardLimitsOf(dims, context.rank_plan, context.blocks, backward.kv_heads_a_piece);
-    bytes.backward_scratch = std::max({kernels.SelectedBackwardScratchBytes(dims, limits),
+    bytes.backward_scratch = std::max({kernels.WindowBackwardScratchBytes(dims, limits),
+                                       kernels.SelectedBackwardScratchBytes(dims, limits),
                                        kernels.SummariesBackwardScratchBytes(dims, limits),
                                        kernels.CompressBackwardScratchBytes(
                                            dims, context.options.config.compressor,

@@ -42,6 +42,13 @@ absl::Status Enqueue(const cuda::Stage<Params>& stage, const Params& params,
                         stage.name);
 }
 
+// Launches a stage that has one kernel for all dims.
+template <class Params>
+absl::Status Enqueue(const cuda::Stage<Params>& stage, const Params& params,
+                     const cuda::Device& device, void* stream) {
+  return cuda::ToStatus(stage.portable(params, device, ToStream(stream)), stage.name);
+}
+
 absl::StatusOr<int> Attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
   NSA_RETURN_IF_CUDA_ERROR(cudaDeviceGetAttribute(&value, attribute, device));
@@ -159,8 +166,7 @@ absl::Status CudaKernels::CopyRows(const CopyRowsParams& params, void* stream) {
   const cuda::ScopedDevice scope(device_);
   const absl::Status status = First({scope.status(), CheckAligned("src", params.src)});
   if (!status.ok()) return status;
-  return cuda::ToStatus(cuda::kCopyRows.portable(params, properties_, ToStream(stream)),
-                        cuda::kCopyRows.name);
+  return Enqueue(cuda::kCopyRows, params, properties_, stream);
 }
 
 absl::Status CudaKernels::Compress(const CompressParams& params, void* stream) {
@@ -250,6 +256,76 @@ absl::Status CudaKernels::AttendSummariesBackward(const AttendSummariesBackwardP
              CheckAligned("vc", params.vc), CheckAligned("d_o", params.outputs.d_o)});
   if (!status.ok()) return status;
   return Enqueue(cuda::kAttendSummariesBackward, params, params.dims, properties_, stream);
+}
+
+absl::Status CudaKernels::Zero(void* dst, int64_t num_bytes, void* stream) {
+  if (num_bytes == 0) return absl::OkStatus();
+  const cuda::ScopedDevice scope(device_);
+  return First(
+      {scope.status(), NSA_CUDA_STATUS(cudaMemsetAsync(dst, 0, num_bytes, ToStream(stream)))});
+}
+
+int64_t CudaKernels::SelectedBackwardScratchBytes(const AttentionDims& dims,
+                                                  const BackwardLimits& limits) const {
+  return cuda::SelectedBackwardScratchBytes(dims, limits);
+}
+
+int64_t CudaKernels::CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,
+                                                  int32_t hidden_width, int64_t num_blocks) const {
+  return cuda::CompressBackwardScratchBytes(dims, compressor, hidden_width, num_blocks);
+}
+
+absl::Status CudaKernels::GateBackward(const GateBackwardParams& params, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  const absl::Status status =
+      First({scope.status(), CheckAligned("d_o", params.d_o), CheckAligned("o_cmp", params.o_cmp),
+             CheckAligned("o_slc", params.o_slc), CheckAligned("o_win", params.o_win)});
+  if (!status.ok()) return status;
+  return Enqueue(cuda::kGateBackward, params, params.dims, properties_, stream);
+}
+
+absl::Status CudaKernels::AttendSelectedBackward(const AttendSelectedBackwardParams& params,
+                                                 void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  const absl::Status status = First({scope.status(), CheckAligned("q", params.queries.q),
+                                     CheckAligned("d_o", params.outputs.d_o)});
+  if (!status.ok()) return status;
+  return Enqueue(cuda::kAttendSelectedBackward, params, params.dims, properties_, stream);
+}
+
+absl::Status CudaKernels::CompressBackward(const CompressBackwardParams& params, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  const absl::Status status = First({scope.status(), CheckAligned("tokens", params.tokens),
+                                     CheckAligned("weights", params.weights)});
+  if (!status.ok()) return status;
+  return Enqueue(cuda::kCompressBackward, params, params.dims, properties_, stream);
+}
+
+absl::Status CudaKernels::UnpackGradients(const UnpackGradientsParams& params, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  return First(
+      {scope.status(), Enqueue(cuda::kUnpackGradients, params, params.dims, properties_, stream)});
+}
+
+absl::Status CudaKernels::PlanReturn(const PlanReturnParams& params, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  return First(
+      {scope.status(), Enqueue(cuda::kPlanReturn, params, params.dims, properties_, stream)});
+}
+
+absl::Status CudaKernels::AddIndexedRows(const AddIndexedRowsParams& params, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  return First({scope.status(), Enqueue(cuda::kAddIndexedRows, params, properties_, stream)});
+}
+
+absl::Status CudaKernels::AddRows(const AddRowsParams& params, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  return First({scope.status(), Enqueue(cuda::kAddRows, params, properties_, stream)});
+}
+
+absl::Status CudaKernels::StoreGradient(const StoreGradientParams& params, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  return First({scope.status(), Enqueue(cuda::kStoreGradient, params, properties_, stream)});
 }
 
 }  // namespace nsa::kernels

@@ -47,6 +47,19 @@ inline constexpr Stage<AttendSummariesBackwardParams> kAttendSummariesBackward =
     "AttendSummariesBackward", LaunchAttendSummariesBackwardAny, LaunchAttendSummariesBackwardFast,
     HasFastAttendSummariesBackward};
 
+inline constexpr Stage<GateBackwardParams> kGateBackward = {"GateBackward", LaunchGateBackward};
+inline constexpr Stage<AttendSelectedBackwardParams> kAttendSelectedBackward = {
+    "AttendSelectedBackward", LaunchAttendSelectedBackwardAny};
+inline constexpr Stage<CompressBackwardParams> kCompressBackward = {"CompressBackward",
+                                                                    LaunchCompressBackward};
+inline constexpr Stage<UnpackGradientsParams> kUnpackGradients = {"UnpackGradients",
+                                                                  LaunchUnpackGradients};
+inline constexpr Stage<PlanReturnParams> kPlanReturn = {"PlanReturn", LaunchPlanReturn};
+inline constexpr Stage<AddIndexedRowsParams> kAddIndexedRows = {"AddIndexedRows",
+                                                                LaunchAddIndexedRows};
+inline constexpr Stage<AddRowsParams> kAddRows = {"AddRows", LaunchAddRows};
+inline constexpr Stage<StoreGradientParams> kStoreGradient = {"StoreGradient", LaunchStoreGradient};
+
 }  // namespace nsa::kernels::cuda
 
 #endif  // KERNELS_CUDA_DISPATCH_H_

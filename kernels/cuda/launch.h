@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "kernels/backward_params.h"
 #include "kernels/params.h"
 
 namespace nsa::kernels::cuda {
@@ -63,6 +64,33 @@ cudaError_t LaunchAttendWindowFast(const AttendWindowParams& params, const Devic
 // Any shape, any GPU.
 cudaError_t LaunchAttendWindowAny(const AttendWindowParams& params, const Device& device,
                                   cudaStream_t stream);
+
+cudaError_t LaunchGateBackward(const GateBackwardParams& params, const Device& device,
+                               cudaStream_t stream);
+
+int64_t SelectedBackwardScratchBytes(const AttentionDims& dims, const BackwardLimits& limits);
+// (Dk, Dv) of (64,64), (128,128); l' of 64; groups of at most 64 heads.
+bool HasFastAttendSelectedBackward(const AttentionDims& dims);
+cudaError_t LaunchAttendSelectedBackwardFast(const AttendSelectedBackwardParams& params,
+                                             const Device& device, cudaStream_t stream);
+// Any shape, any GPU.
+cudaError_t LaunchAttendSelectedBackwardAny(const AttendSelectedBackwardParams& params,
+                                            const Device& device, cudaStream_t stream);
+
+int64_t CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,
+                                     int32_t hidden_width, int64_t num_blocks);
+cudaError_t LaunchCompressBackward(const CompressBackwardParams& params, const Device& device,
+                                   cudaStream_t stream);
+
+cudaError_t LaunchUnpackGradients(const UnpackGradientsParams& params, const Device& device,
+                                  cudaStream_t stream);
+cudaError_t LaunchPlanReturn(const PlanReturnParams& params, const Device& device,
+                             cudaStream_t stream);
+cudaError_t LaunchAddIndexedRows(const AddIndexedRowsParams& params, const Device& device,
+                                 cudaStream_t stream);
+cudaError_t LaunchAddRows(const AddRowsParams& params, const Device& device, cudaStream_t stream);
+cudaError_t LaunchStoreGradient(const StoreGradientParams& params, const Device& device,
+                                cudaStream_t stream);
 
 }  // namespace nsa::kernels::cuda
 

@@ -56,6 +56,40 @@ class Mirror {
         In(tokens.segments, tokens.num_segments), tokens.num_segments};
   }
 
+  TokenGradients Out(const TokenGradients& gradients, const Segment* segments, int32_t num_segments,
+                     int64_t row_elements) {
+    return {Out(gradients.own, NumRows(segments, num_segments, 0) * row_elements),
+            Out(gradients.halo, NumRows(segments, num_segments, 1) * row_elements), gradients.adds};
+  }
+
+  OutputGradients In(const OutputGradients& outputs, const AttentionDims& dims,
+                     int64_t num_tokens) {
+    const int64_t num_rows = num_tokens * dims.num_q_heads;
+    return {In(outputs.d_o, num_tokens, dims.num_q_heads, dims.head_dim_v, SizeOf(dims.dtype)),
+            In(outputs.lse, num_rows), In(outputs.gate, num_rows), In(outputs.delta, num_rows)};
+  }
+
+  QueryGradients Out(const QueryGradients& gradients, const AttentionDims& dims,
+                     const Queries& queries) {
+    return {Out(gradients.dq, queries.num_tokens * queries.kv_heads.size() * dims.group_size() *
+                                  dims.head_dim_qk),
+            gradients.adds};
+  }
+
+  CompressorWeights In(const CompressorWeights& weights, int64_t block_tokens, int64_t head_dim) {
+    CompressorWeights result = weights;
+    const int64_t heads_bytes = weights.num_heads * SizeOf(weights.dtype);
+    const int64_t row = block_tokens * head_dim, width = weights.hidden_width;
+    result.weight = InBytes(weights.weight, heads_bytes * block_tokens);
+    result.pe = InBytes(weights.pe, heads_bytes * row);
+    result.w = InBytes(weights.w, heads_bytes * head_dim * row);
+    result.w1 = InBytes(weights.w1, heads_bytes * width * row);
+    result.b1 = InBytes(weights.b1, heads_bytes * width);
+    result.w2 = InBytes(weights.w2, heads_bytes * width * head_dim);
+    result.b2 = InBytes(weights.b2, heads_bytes * head_dim);
+    return result;
+  }
+
   Queries In(const Queries& queries, int64_t heads, int64_t dim, int64_t element_bytes) {
     int32_t num_documents = 0;
     for (int32_t i = 0; i < queries.num_segments; ++i) {
@@ -139,6 +173,33 @@ int64_t NumDocuments(const BlockRun* runs, int32_t num_runs) {
   return count;
 }
 
+// Rows up to the last summary of the runs.
+int64_t NumSummaries(const Document* documents, const BlockRun* runs, int32_t num_runs) {
+  int64_t rows = 0;
+  for (int32_t r = 0; r < num_runs; ++r) {
+    if (runs[r].num_blocks == 0) continue;
+    rows = std::max(rows, documents[runs[r].document].cmp_block_begin + runs[r].first_block +
+                              runs[r].num_blocks);
+  }
+  return rows;
+}
+
+// Slots that `locations` names.
+template <class Params>
+int64_t NumSlots(const Params& params, int64_t num_locations) {
+  int64_t num_records = params.num_own_records;
+  for (int64_t i = 0; i < num_locations; ++i) {
+    num_records = std::max<int64_t>(num_records, params.locations[i] + 1);
+  }
+  return num_records - params.num_own_records;
+}
+
+int64_t NumTokens(const Segment* segments, int32_t num_segments) {
+  int64_t count = 0;
+  for (int32_t i = 0; i < num_segments; ++i) count += segments[i].num_tokens;
+  return count;
+}
+
 }  // namespace
 
 absl::Status MirroredKernels::Supports(const AttentionDims& dims) const {
@@ -185,29 +246,14 @@ absl::Status MirroredKernels::CopyRows(const CopyRowsParams& params, void* /*str
 absl::Status MirroredKernels::Compress(const CompressParams& params, void* /*stream*/) {
   Mirror mirror(*device_);
   const AttentionDims& dims = params.dims;
-  int64_t summary_rows = 0;
-  for (int32_t r = 0; r < params.num_runs; ++r) {
-    const BlockRun& run = params.runs[r];
-    if (run.num_blocks == 0) continue;
-    summary_rows = std::max(summary_rows, params.documents[run.document].cmp_block_begin +
-                                              run.first_block + run.num_blocks);
-  }
   CompressParams p = params;
-  const CompressorWeights& w = params.weights;
-  const int64_t weight_bytes = w.num_heads * SizeOf(w.dtype);
-  const int64_t row = int64_t{dims.compress_block_tokens} * params.head_dim;
-  p.weights.weight = mirror.InBytes(w.weight, weight_bytes * dims.compress_block_tokens);
-  p.weights.pe = mirror.InBytes(w.pe, weight_bytes * row);
-  p.weights.w = mirror.InBytes(w.w, weight_bytes * params.head_dim * row);
-  p.weights.w1 = mirror.InBytes(w.w1, weight_bytes * w.hidden_width * row);
-  p.weights.b1 = mirror.InBytes(w.b1, weight_bytes * w.hidden_width);
-  p.weights.w2 = mirror.InBytes(w.w2, weight_bytes * w.hidden_width * params.head_dim);
-  p.weights.b2 = mirror.InBytes(w.b2, weight_bytes * params.head_dim);
+  p.weights = mirror.In(params.weights, dims.compress_block_tokens, params.head_dim);
   p.tokens = mirror.In(params.tokens, dims.num_kv_heads, params.head_dim, SizeOf(dims.dtype));
   p.documents = mirror.In(params.documents, NumDocuments(params.runs, params.num_runs));
   p.runs = mirror.In(params.runs, params.num_runs);
-  p.summaries = mirror.Out(params.summaries, summary_rows, dims.num_kv_heads, params.head_dim,
-                           SizeOf(dims.dtype));
+  p.summaries =
+      mirror.Out(params.summaries, NumSummaries(params.documents, params.runs, params.num_runs),
+                 dims.num_kv_heads, params.head_dim, SizeOf(dims.dtype));
   if (!mirror.status().ok()) return mirror.status();
   return mirror.Finish(device_->Compress(p, nullptr));
 }
@@ -283,17 +329,14 @@ absl::Status MirroredKernels::AttendSelected(const AttendSelectedParams& params,
   const int64_t num_tokens = params.queries.num_tokens;
   const int64_t hq = dims.num_q_heads, dv = dims.head_dim_v;
   const int64_t num_locations = dims.num_kv_heads * params.num_blocks;
-  int64_t num_records = params.num_own_records;
-  for (int64_t i = 0; i < num_locations; ++i) {
-    num_records = std::max<int64_t>(num_records, params.locations[i] + 1);
-  }
+  const int64_t num_slots = NumSlots(params, num_locations);
   AttendSelectedParams p = params;
   p.queries = mirror.In(params.queries, hq, dims.head_dim_qk, element_bytes);
   p.block_indices =
       mirror.In(params.block_indices, num_tokens * dims.num_kv_heads * dims.num_selected_blocks);
   p.locations = mirror.In(params.locations, num_locations);
   p.own_records = mirror.InBytes(params.own_records, params.num_own_records * record_bytes);
-  p.slots = mirror.InBytes(params.slots, (num_records - params.num_own_records) * record_bytes);
+  p.slots = mirror.InBytes(params.slots, num_slots * record_bytes);
   p.o_slc = mirror.Out(params.o_slc, num_tokens, hq, dv, element_bytes);
   p.lse_slc = mirror.Out(params.lse_slc, num_tokens * hq);
   const GateParams& gate = params.gate;
@@ -321,6 +364,187 @@ absl::Status MirroredKernels::AttendWindow(const AttendWindowParams& params, voi
   p.lse_win = mirror.Out(params.lse_win, num_tokens * dims.num_q_heads);
   if (!mirror.status().ok()) return mirror.status();
   return mirror.Finish(device_->AttendWindow(p, nullptr));
+}
+
+absl::Status MirroredKernels::Zero(void* dst, int64_t num_bytes, void* /*stream*/) {
+  Mirror mirror(*device_);
+  void* const p = mirror.OutBytes(dst, num_bytes);
+  if (!mirror.status().ok()) return mirror.status();
+  return mirror.Finish(device_->Zero(p, num_bytes, nullptr));
+}
+
+int64_t MirroredKernels::SelectedBackwardScratchBytes(const AttentionDims& dims,
+                                                      const BackwardLimits& limits) const {
+  return device_->SelectedBackwardScratchBytes(dims, limits);
+}
+
+int64_t MirroredKernels::CompressBackwardScratchBytes(const AttentionDims& dims,
+                                                      Compressor compressor, int32_t hidden_width,
+                                                      int64_t num_blocks) const {
+  return device_->CompressBackwardScratchBytes(dims, compressor, hidden_width, num_blocks);
+}
+
+absl::Status MirroredKernels::GateBackward(const GateBackwardParams& params, void* /*stream*/) {
+  Mirror mirror(*device_);
+  const AttentionDims& dims = params.dims;
+  const int64_t num_tokens = params.num_tokens, hq = dims.num_q_heads, dv = dims.head_dim_v;
+  const int64_t element_bytes = SizeOf(dims.dtype);
+  GateBackwardParams p = params;
+  p.gate = mirror
+               .In(ConstTensor3{params.gate, params.row_stride, params.head_stride}, num_tokens, hq,
+                   3, SizeOf(params.gate_dtype))
+               .data;
+  p.d_o = mirror.In(params.d_o, num_tokens, hq, dv, element_bytes);
+  p.o_cmp = mirror.In(params.o_cmp, num_tokens, hq, dv, element_bytes);
+  p.o_slc = mirror.In(params.o_slc, num_tokens, hq, dv, element_bytes);
+  p.o_win = mirror.In(params.o_win, num_tokens, hq, dv, element_bytes);
+  p.d_gate = mirror.Out(params.d_gate, num_tokens * hq * 3);
+  p.gates = mirror.Out(params.gates, num_tokens * hq * 3);
+  p.deltas = mirror.Out(params.deltas, num_tokens * hq * 3);
+  if (!mirror.status().ok()) return mirror.status();
+  return mirror.Finish(device_->GateBackward(p, nullptr));
+}
+
+absl::Status MirroredKernels::AttendSelectedBackward(const AttendSelectedBackwardParams& params,
+                                                     void* /*stream*/) {
+  Mirror mirror(*device_);
+  const AttentionDims& dims = params.dims;
+  const int64_t record_bytes = RecordBytes(dims), num_tokens = params.queries.num_tokens;
+  const int64_t record_values =
+      int64_t{dims.select_block_tokens} * (dims.head_dim_qk + dims.head_dim_v);
+  const int64_t num_locations = dims.num_kv_heads * params.num_blocks;
+  const int64_t num_slots = NumSlots(params, num_locations);
+  AttendSelectedBackwardParams p = params;
+  p.queries = mirror.In(params.queries, dims.num_q_heads, dims.head_dim_qk, SizeOf(dims.dtype));
+  p.queries.documents = mirror.In(params.queries.documents, params.num_documents);
+  p.block_indices =
+      mirror.In(params.block_indices, num_tokens * dims.num_kv_heads * dims.num_selected_blocks);
+  p.locations = mirror.In(params.locations, num_locations);
+  p.own_records = mirror.InBytes(params.own_records, params.num_own_records * record_bytes);
+  p.slots = mirror.InBytes(params.slots, num_slots * record_bytes);
+  p.outputs = mirror.In(params.outputs, dims, num_tokens);
+  p.queries_gradients = mirror.Out(params.queries_gradients, dims, params.queries);
+  p.own_gradients = mirror.Out(params.own_gradients, params.num_own_records * record_values);
+  p.slot_gradients = mirror.Out(params.slot_gradients, num_slots * record_values);
+  p.scratch = mirror.OutBytes(
+      params.scratch,
+      SelectedBackwardScratchBytes(dims, {.num_tokens = num_tokens,
+                                          .num_segments = params.queries.num_segments,
+                                          .num_kv_heads = params.queries.kv_heads.size(),
+                                          .num_cmp_blocks = 0,
+                                          .num_slc_blocks = params.num_blocks,
+                                          .num_records = params.num_own_records + num_slots,
+                                          .num_documents = params.num_documents}));
+  if (!mirror.status().ok()) return mirror.status();
+  return mirror.Finish(device_->AttendSelectedBackward(p, nullptr));
+}
+
+absl::Status MirroredKernels::CompressBackward(const CompressBackwardParams& params,
+                                               void* /*stream*/) {
+  Mirror mirror(*device_);
+  const AttentionDims& dims = params.dims;
+  const int64_t row_elements = int64_t{dims.num_kv_heads} * params.head_dim;
+  const CompressorWeights& weights = params.weights;
+  const int64_t block_elements = int64_t{dims.compress_block_tokens} * params.head_dim;
+  const int64_t heads = weights.num_heads, width = weights.hidden_width;
+  const int64_t summary_rows = NumSummaries(params.documents, params.runs, params.num_runs);
+  CompressBackwardParams p = params;
+  p.weights = mirror.In(weights, dims.compress_block_tokens, params.head_dim);
+  p.tokens = mirror.In(params.tokens, dims.num_kv_heads, params.head_dim, SizeOf(dims.dtype));
+  p.documents = mirror.In(params.documents, NumDocuments(params.runs, params.num_runs));
+  p.runs = mirror.In(params.runs, params.num_runs);
+  p.d_summaries = mirror.In(
+      params.d_summaries,
+      summary_rows == 0 ? 0 : (summary_rows - 1) * params.d_summaries_stride + row_elements);
+  p.d_tokens =
+      mirror.Out(params.d_tokens, params.tokens.segments, params.tokens.num_segments, row_elements);
+  const CompressorWeightGradients& to = params.d_weights;
+  p.d_weights.weight = mirror.Out(to.weight, heads * dims.compress_block_tokens);
+  p.d_weights.pe = mirror.Out(to.pe, heads * block_elements);
+  p.d_weights.w = mirror.Out(to.w, heads * params.head_dim * block_elements);
+  p.d_weights.w1 = mirror.Out(to.w1, heads * width * block_elements);
+  p.d_weights.b1 = mirror.Out(to.b1, heads * width);
+  p.d_weights.w2 = mirror.Out(to.w2, heads * params.head_dim * width);
+  p.d_weights.b2 = mirror.Out(to.b2, heads * params.head_dim);
+  p.scratch = mirror.OutBytes(
+      params.scratch, CompressBackwardScratchBytes(dims, params.compressor, weights.hidden_width,
+                                                   params.num_blocks));
+  if (!mirror.status().ok()) return mirror.status();
+  return mirror.Finish(device_->CompressBackward(p, nullptr));
+}
+
+absl::Status MirroredKernels::UnpackGradients(const UnpackGradientsParams& params,
+                                              void* /*stream*/) {
+  Mirror mirror(*device_);
+  const AttentionDims& dims = params.dims;
+  UnpackGradientsParams p = params;
+  p.record_gradients = mirror.In(params.record_gradients, dims.num_kv_heads * params.num_blocks *
+                                                              dims.select_block_tokens *
+                                                              (dims.head_dim_qk + dims.head_dim_v));
+  p.segments = mirror.In(params.segments, params.num_segments);
+  p.documents = mirror.In(params.documents, NumDocuments(params.runs, params.num_runs));
+  p.runs = mirror.In(params.runs, params.num_runs);
+  p.dk = mirror.Out(params.dk, params.segments, params.num_segments,
+                    dims.num_kv_heads * dims.head_dim_qk);
+  p.dv = mirror.Out(params.dv, params.segments, params.num_segments,
+                    dims.num_kv_heads * dims.head_dim_v);
+  if (!mirror.status().ok()) return mirror.status();
+  return mirror.Finish(device_->UnpackGradients(p, nullptr));
+}
+
+absl::Status MirroredKernels::PlanReturn(const PlanReturnParams& params, void* /*stream*/) {
+  Mirror mirror(*device_);
+  const BlockOwners& owners = params.owners;
+  PlanReturnParams p = params;
+  p.peer_locations = mirror.In(params.peer_locations, params.dims.num_kv_heads * owners.num_blocks);
+  p.owners.rank = mirror.In(owners.rank, owners.num_blocks);
+  p.owners.ordinal = mirror.In(owners.ordinal, owners.num_blocks);
+  p.owners.blocks_of_rank = mirror.In(owners.blocks_of_rank, owners.num_ranks);
+  p.peers = mirror.Out(params.peers, params.capacity);
+  p.offsets = mirror.Out(params.offsets, params.capacity);
+  p.own_records = mirror.Out(params.own_records, params.capacity);
+  p.count = mirror.Out(params.count, 1);
+  if (!mirror.status().ok()) return mirror.status();
+  return mirror.Finish(device_->PlanReturn(p, nullptr));
+}
+
+absl::Status MirroredKernels::AddIndexedRows(const AddIndexedRowsParams& params, void* /*stream*/) {
+  Mirror mirror(*device_);
+  const int64_t count = *params.count;
+  int64_t num_rows = 0;
+  for (int64_t i = 0; i < count; ++i) num_rows = std::max<int64_t>(num_rows, params.rows[i] + 1);
+  AddIndexedRowsParams p = params;
+  p.dst = mirror.Out(params.dst, num_rows * params.row_elements);
+  p.src = mirror.In(params.src, count * params.row_elements);
+  p.rows = mirror.In(params.rows, count);
+  p.count = mirror.In(params.count, 1);
+  if (!mirror.status().ok()) return mirror.status();
+  return mirror.Finish(device_->AddIndexedRows(p, nullptr));
+}
+
+absl::Status MirroredKernels::AddRows(const AddRowsParams& params, void* /*stream*/) {
+  Mirror mirror(*device_);
+  int64_t num_rows = 0;
+  for (int32_t i = 0; i < params.num_segments; ++i) {
+    num_rows = std::max(num_rows, params.segments[i].row + params.segments[i].num_tokens);
+  }
+  AddRowsParams p = params;
+  p.dst = mirror.Out(params.dst, num_rows * params.row_elements);
+  p.src =
+      mirror.In(params.src, NumTokens(params.segments, params.num_segments) * params.row_elements);
+  p.segments = mirror.In(params.segments, params.num_segments);
+  if (!mirror.status().ok()) return mirror.status();
+  return mirror.Finish(device_->AddRows(p, nullptr));
+}
+
+absl::Status MirroredKernels::StoreGradient(const StoreGradientParams& params, void* /*stream*/) {
+  Mirror mirror(*device_);
+  StoreGradientParams p = params;
+  p.src = mirror.In(params.src, params.num_rows * params.num_heads * params.head_dim);
+  p.dst = mirror.Out(params.dst, params.num_rows, params.num_heads, params.head_dim,
+                     SizeOf(params.dst_dtype));
+  if (!mirror.status().ok()) return mirror.status();
+  return mirror.Finish(device_->StoreGradient(p, nullptr));
 }
 
 }  // namespace nsa::kernels::cuda

@@ -38,6 +38,21 @@ class MirroredKernels : public HostOrder {
   absl::Status AttendSelected(const AttendSelectedParams& params, void* stream) override;
   absl::Status AttendWindow(const AttendWindowParams& params, void* stream) override;
 
+  absl::Status Zero(void* dst, int64_t num_bytes, void* stream) override;
+  int64_t SelectedBackwardScratchBytes(const AttentionDims& dims,
+                                       const BackwardLimits& limits) const override;
+  int64_t CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,
+                                       int32_t hidden_width, int64_t num_blocks) const override;
+  absl::Status GateBackward(const GateBackwardParams& params, void* stream) override;
+  absl::Status AttendSelectedBackward(const AttendSelectedBackwardParams& params,
+                                      void* stream) override;
+  absl::Status CompressBackward(const CompressBackwardParams& params, void* stream) override;
+  absl::Status UnpackGradients(const UnpackGradientsParams& params, void* stream) override;
+  absl::Status PlanReturn(const PlanReturnParams& params, void* stream) override;
+  absl::Status AddIndexedRows(const AddIndexedRowsParams& params, void* stream) override;
+  absl::Status AddRows(const AddRowsParams& params, void* stream) override;
+  absl::Status StoreGradient(const StoreGradientParams& params, void* stream) override;
+
  private:
   const std::shared_ptr<Kernels> device_;
 };

@@ -8,6 +8,7 @@
 // 3. The picks of those queries are counted.
 #include <climits>
 
+#include "kernels/cuda/cta_scan.cuh"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/rows.cuh"
 
@@ -64,26 +65,6 @@ __global__ void __launch_bounds__(kThreads) MarkFirstQueries(PlanFetchParams par
     // it all queries would queue at the blocks that all of them select.
     if (*static_cast<volatile int32_t*>(first) > relative) atomicMin(first, relative);
   });
-}
-
-// Sum over the CTA of what each thread brings, before this thread; the total in `total`.
-__device__ int32_t ScanBefore(int32_t value, int32_t* warp_sums, int32_t& total) {
-  const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int32_t sum = value;
-  for (int delta = 1; delta < 32; delta *= 2) {
-    const int32_t before = __shfl_up_sync(kFullWarp, sum, delta);
-    if (lane >= delta) sum += before;
-  }
-  __syncthreads();  // warp_sums may still be read from the last call
-  if (lane == 31) warp_sums[warp] = sum;
-  __syncthreads();
-  int32_t before = 0;
-  total = 0;
-  for (int32_t w = 0; w < kPlanThreads / 32; ++w) {
-    if (w < warp) before += warp_sums[w];
-    total += warp_sums[w];
-  }
-  return before + sum - value;
 }
 
 __device__ bool IsRemote(const BlockOwners& owners, int64_t block) {
@@ -153,7 +134,7 @@ __global__ void __launch_bounds__(kPlanThreads) AssignLocations(PlanFetchParams 
     num_mine += places[i] != kNotSelected && IsRemote(owners, i % num_blocks);
   }
   int32_t num_wanted = 0;
-  ScanBefore(num_mine, warp_sums, num_wanted);
+  ScanBefore<kPlanThreads>(num_mine, warp_sums, num_wanted);
   int32_t limit = kNotSelected;  // the first query that does not fit
   if (num_wanted > params.capacity) {
     limit = SelectFirstQuery(params, params.capacity, histogram, choice);
@@ -176,7 +157,7 @@ __global__ void __launch_bounds__(kPlanThreads) AssignLocations(PlanFetchParams 
                owners.ordinal[block];
     }
     int32_t num_new = 0;
-    const int32_t slot = num_slots + ScanBefore(remote, warp_sums, num_new);
+    const int32_t slot = num_slots + ScanBefore<kPlanThreads>(remote, warp_sums, num_new);
     if (remote) {
       params.peers[slot] = rank;
       params.offsets[slot] = record * params.record_bytes;

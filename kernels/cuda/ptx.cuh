@@ -211,6 +211,14 @@ __device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&to)[4], uint32
                : "memory");
 }
 
+// Transposes an 8x8 matrix of 16-bit values: lane 4g + c holds values 2c and 2c + 1 of row g,
+// before and after.
+__device__ __forceinline__ uint32_t TransposeMatrix(uint32_t matrix) {
+  uint32_t transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(matrix));
+  return transposed;
+}
+
 // c [16,8] += a [16,16] * b [16,8]
 template <class T>
 __device__ __forceinline__ void MultiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,

@@ -100,19 +100,20 @@ __device__ inline QueryPlace FindQuery(const Queries& queries, int64_t row) {
 
 // Blocks [first_block, end_block) of one run.
 struct BlockGroup {
-  int32_t document = -1;  // -1: there are fewer groups
+  int32_t document = -1;  // of the run; -1: there are fewer groups
   int64_t first_block = 0;
   int64_t end_block = 0;
 };
 
-// Group `index` of all runs' blocks, in groups of at most `group_blocks` of one run. All lanes of a
-// warp, with the same arguments.
-__device__ inline BlockGroup FindBlocks(const BlockRun* runs, int32_t num_runs,
-                                        int32_t group_blocks, int64_t index) {
+// Group `index` of all runs' blocks, in groups of at most `group_blocks` of one run; run_at(i) is
+// run i. All lanes of a warp, with the same arguments.
+template <class RunAt>
+__device__ inline BlockGroup FindGroup(const RunAt& run_at, int32_t num_runs, int32_t group_blocks,
+                                       int64_t index) {
   const int32_t lane = threadIdx.x % 32;
   for (int32_t first = 0; first < num_runs; first += 32) {
     BlockRun run{-1, 0, 0};
-    if (first + lane < num_runs) run = runs[first + lane];
+    if (first + lane < num_runs) run = run_at(first + lane);
     const int64_t count = (run.num_blocks + group_blocks - 1) / group_blocks;
     int64_t end = count;  // groups up to and with this lane's run
     for (int delta = 1; delta < 32; delta *= 2) {
@@ -131,6 +132,11 @@ __device__ inline BlockGroup FindBlocks(const BlockRun* runs, int32_t num_runs,
     index -= __shfl_sync(kFullWarp, end, 31);
   }
   return {};
+}
+
+__device__ inline BlockGroup FindBlocks(const BlockRun* runs, int32_t num_runs,
+                                        int32_t group_blocks, int64_t index) {
+  return FindGroup([&](int32_t i) { return runs[i]; }, num_runs, group_blocks, index);
 }
 
 // f32 values of any storage type, for parameters that are read once.

@@ -114,7 +114,8 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
                                         .queries_gradients = {.dq = dq, .adds = false},
                                         .dk = window.dk,
                                         .dv = window.dv,
-                                        .sms_to_leave = fetches ? kSmsOfFetch : 0},
+                                        .sms_to_leave = fetches ? kSmsOfFetch : 0,
+                                        .scratch = context.Buffer(kBackwardScratchBuffer)},
                                        stream));
     }
     // What is enqueued beside is also the return of the piece before.
