@@ -13,29 +13,6 @@ namespace {
 using reference::ReferenceConfig;
 using reference::ReferenceInputs;
 
-ShardPlan RandomPlan(const std::vector<int64_t>& cu_seqlens, Random* random) {
-  const int64_t num_tokens = cu_seqlens.back();
-  const int num_ranks = static_cast<int>(random->Int(1, 6));
-  switch (random->Int(0, 3)) {
-    case 0:
-      return *ShardPlan::Parse("contiguous", num_tokens, num_ranks, cu_seqlens);
-    case 1:
-      return *ShardPlan::Parse("zigzag", num_tokens, num_ranks, cu_seqlens);
-    case 2:
-      return *ShardPlan::Parse("zigzag-per-document", num_tokens, num_ranks, cu_seqlens);
-    default:
-      break;
-  }
-  std::vector<Chunk> chunks;
-  const int64_t longest = random->Pick<int64_t>({7, 100, 1000});
-  for (int64_t begin = 0; begin < num_tokens;) {
-    const int64_t length = std::min(num_tokens - begin, random->Int(0, longest));
-    chunks.push_back({static_cast<int32_t>(random->Int(0, num_ranks - 1)), begin, length});
-    begin += length;
-  }
-  return *ShardPlan::Create(num_tokens, num_ranks, chunks, cu_seqlens);
-}
-
 class PropertyTest : public BackendTest, public ::testing::WithParamInterface<int> {};
 
 TEST_P(PropertyTest, ForwardEqualsTheReference) {

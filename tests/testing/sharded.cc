@@ -13,6 +13,7 @@
 #include "kernels/cpu/cpu_kernels.h"
 #include "nsa/plan/workspace.h"
 #include "tests/testing/compare.h"
+#include "tests/testing/local_tensor.h"
 
 namespace nsa::test {
 namespace {
@@ -68,85 +69,6 @@ std::vector<InputField> ParameterFields(const Problem& problem, ForwardInputs* i
 
 }  // namespace
 
-// A tensor in the kernels' memory, whose rows are some of the rows of a dense tensor on the host.
-class LocalTensor {
- public:
-  // Heads, the second of three dimensions, and rows lie further apart than dense by the paddings.
-  static absl::StatusOr<LocalTensor> Create(kernels::Kernels& kernels, DType dtype, Dims shape,
-                                            int64_t row_padding = 0, int64_t head_padding = 0) {
-    LocalTensor tensor;
-    tensor.tensor_ = Tensor(nullptr, dtype, std::move(shape));
-    Tensor& view = tensor.tensor_;
-    if (view.shape.size() == 3) {
-      view.strides[1] += head_padding;
-      view.strides[0] = view.shape[1] * view.strides[1];
-    }
-    view.strides[0] += row_padding;
-    absl::StatusOr<std::unique_ptr<kernels::Memory>> memory =
-        kernels.Allocate(std::max<int64_t>(1, tensor.num_bytes()));
-    if (!memory.ok()) return memory.status();
-    tensor.memory_ = *std::move(memory);
-    view.data = tensor.memory_->data();
-    return tensor;
-  }
-
-  const Tensor& view() const { return tensor_; }
-
-  // NaN everywhere, in the padding too.
-  absl::Status Poison(kernels::Kernels& kernels) {
-    return CopyIn(kernels, std::vector<std::byte>(num_bytes(), kPoison));
-  }
-  // `rows`: of the dense tensor, for each row of this one. The padding becomes NaN.
-  absl::Status Load(kernels::Kernels& kernels, const std::byte* dense,
-                    const std::vector<int64_t>& rows) {
-    std::vector<std::byte> bytes(num_bytes(), kPoison);
-    ForEachHead(rows, [&](int64_t here, int64_t there, int64_t count) {
-      std::memcpy(&bytes[here], dense + there, count);
-    });
-    return CopyIn(kernels, bytes);
-  }
-  absl::Status Store(kernels::Kernels& kernels, std::byte* dense,
-                     const std::vector<int64_t>& rows) const {
-    std::vector<std::byte> bytes(num_bytes());
-    absl::Status status = kernels.CopyToHost(bytes.data(), tensor_.data, num_bytes(), nullptr);
-    if (status.ok()) status = kernels.Synchronize(nullptr);
-    if (!status.ok()) return status;
-    ForEachHead(rows, [&](int64_t here, int64_t there, int64_t count) {
-      std::memcpy(dense + there, &bytes[here], count);
-    });
-    return absl::OkStatus();
-  }
-
- private:
-  static constexpr std::byte kPoison{0xff};
-
-  int64_t num_bytes() const {
-    return tensor_.shape[0] * tensor_.strides[0] * SizeOf(tensor_.dtype);
-  }
-
-  absl::Status CopyIn(kernels::Kernels& kernels, const std::vector<std::byte>& bytes) {
-    const absl::Status status =
-        kernels.CopyFromHost(tensor_.data, bytes.data(), num_bytes(), nullptr);
-    return status.ok() ? kernels.Synchronize(nullptr) : status;
-  }
-
-  template <class Copy>
-  void ForEachHead(const std::vector<int64_t>& rows, Copy copy) const {
-    const bool has_heads = tensor_.shape.size() == 3;
-    const int64_t heads = has_heads ? tensor_.shape[1] : 1;
-    const int64_t head_bytes = tensor_.shape.back() * SizeOf(tensor_.dtype);
-    for (size_t row = 0; row < rows.size(); ++row) {
-      for (int64_t head = 0; head < heads; ++head) {
-        const int64_t here = row * tensor_.strides[0] + (has_heads ? head * tensor_.strides[1] : 0);
-        copy(here * SizeOf(tensor_.dtype), (rows[row] * heads + head) * head_bytes, head_bytes);
-      }
-    }
-  }
-
-  Tensor tensor_;
-  std::unique_ptr<kernels::Memory> memory_;
-};
-
 NsaConfig MakeNsaConfig(const reference::ReferenceConfig& config) {
   NsaConfig result = {
       .num_q_heads = static_cast<int32_t>(config.num_q_heads),
@@ -182,6 +104,29 @@ Problem RandomProblem(const reference::ReferenceConfig& config,
   Random random(seed);
   return MakeProblem(config, cu_seqlens, options,
                      RandomInputs(config, cu_seqlens, options, &random));
+}
+
+ShardPlan RandomPlan(const std::vector<int64_t>& cu_seqlens, Random* random) {
+  const int64_t num_tokens = cu_seqlens.back();
+  const int num_ranks = static_cast<int>(random->Int(1, 6));
+  switch (random->Int(0, 3)) {
+    case 0:
+      return *ShardPlan::Parse("contiguous", num_tokens, num_ranks, cu_seqlens);
+    case 1:
+      return *ShardPlan::Parse("zigzag", num_tokens, num_ranks, cu_seqlens);
+    case 2:
+      return *ShardPlan::Parse("zigzag-per-document", num_tokens, num_ranks, cu_seqlens);
+    default:
+      break;
+  }
+  std::vector<Chunk> chunks;
+  const int64_t longest = random->Pick<int64_t>({7, 100, 1000});
+  for (int64_t begin = 0; begin < num_tokens;) {
+    const int64_t length = std::min(num_tokens - begin, random->Int(0, longest));
+    chunks.push_back({static_cast<int32_t>(random->Int(0, num_ranks - 1)), begin, length});
+    begin += length;
+  }
+  return *ShardPlan::Create(num_tokens, num_ranks, chunks, cu_seqlens);
 }
 
 GlobalOutputs::GlobalOutputs(const Problem& problem)
@@ -248,12 +193,14 @@ absl::StatusOr<std::unique_ptr<RankForward>> RankForward::Create(
     const Problem& problem, const ShardPlan& plan, const RunOptions& options,
     std::shared_ptr<comm::Communicator> communicator, std::shared_ptr<kernels::Kernels> kernels) {
   std::unique_ptr<RankForward> forward(new RankForward(plan, communicator->rank(), kernels));
-  absl::StatusOr<std::unique_ptr<Engine>> engine =
-      Engine::Create({.config = problem.config,
-                      .dtype = problem.input_options.dtype,
-                      .fetch_budget_bytes = options.fetch_budget_bytes,
-                      .on_stage = options.on_stage},
-                     plan, std::move(communicator), std::move(kernels));
+  absl::StatusOr<std::unique_ptr<Engine>> engine = Engine::Create(
+      {.config = problem.config,
+       .dtype = problem.input_options.dtype,
+       .fetch_budget_bytes = options.fetch_budget_bytes,
+       .has_backward = options.has_backward,
+       .max_hidden_width = options.has_backward ? problem.input_options.hidden_width : 0,
+       .on_stage = options.on_stage},
+      plan, std::move(communicator), std::move(kernels));
   if (!engine.ok()) return engine.status();
   forward->engine_ = *std::move(engine);
   absl::Status status = forward->Allocate(problem, options);
@@ -363,31 +310,45 @@ absl::Status RunRank(const Problem& problem, const ShardPlan& plan, const RunOpt
   return (*forward)->CopyTo(outputs);
 }
 
-absl::Status RunLoopback(const Problem& problem, const ShardPlan& plan, const RunOptions& options,
-                         GlobalOutputs* outputs, ForwardStats* stats,
-                         const MakeKernels& make_kernels) {
-  auto group = comm::LoopbackGroup::Create(plan.num_ranks());
+absl::Status OnLoopbackRanks(
+    int num_ranks,
+    const std::function<absl::Status(std::shared_ptr<comm::Communicator>,
+                                     std::shared_ptr<kernels::Kernels>)>& run,
+    const MakeKernels& make_kernels) {
+  auto group = comm::LoopbackGroup::Create(num_ranks);
   if (!group.ok()) return group.status();
-  std::vector<absl::Status> statuses(plan.num_ranks());
+  std::vector<absl::Status> statuses(num_ranks);
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < plan.num_ranks(); ++rank) {
+  for (int rank = 0; rank < num_ranks; ++rank) {
     threads.emplace_back([&, rank] {
       auto kernels =
           make_kernels ? make_kernels() : kernels::CpuKernels::Create({.num_threads = 1});
-      statuses[rank] = kernels.ok()
-                           ? RunRank(problem, plan, options, std::move((*group)[rank]),
-                                     *std::move(kernels), outputs, rank == 0 ? stats : nullptr)
-                           : kernels.status();
+      statuses[rank] =
+          kernels.ok() ? run(std::move((*group)[rank]), *std::move(kernels)) : kernels.status();
     });
   }
   for (std::thread& thread : threads) thread.join();
-  for (int rank = 0; rank < plan.num_ranks(); ++rank) {
+  for (int rank = 0; rank < num_ranks; ++rank) {
     if (!statuses[rank].ok()) {
       return absl::Status(statuses[rank].code(),
                           absl::StrCat("on rank ", rank, ": ", statuses[rank].message()));
     }
   }
   return absl::OkStatus();
+}
+
+absl::Status RunLoopback(const Problem& problem, const ShardPlan& plan, const RunOptions& options,
+                         GlobalOutputs* outputs, ForwardStats* stats,
+                         const MakeKernels& make_kernels) {
+  return OnLoopbackRanks(
+      plan.num_ranks(),
+      [&](std::shared_ptr<comm::Communicator> communicator,
+          std::shared_ptr<kernels::Kernels> kernels) {
+        const bool is_first = communicator->rank() == 0;
+        return RunRank(problem, plan, options, std::move(communicator), std::move(kernels), outputs,
+                       is_first ? stats : nullptr);
+      },
+      make_kernels);
 }
 
 }  // namespace nsa::test

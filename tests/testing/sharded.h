@@ -41,6 +41,9 @@ Problem RandomProblem(const reference::ReferenceConfig& config,
                       const std::vector<int64_t>& cu_seqlens, const InputOptions& options,
                       uint64_t seed);
 
+// Any sharding over one to six ranks; chunks may be empty.
+ShardPlan RandomPlan(const std::vector<int64_t>& cu_seqlens, Random* random);
+
 // Results of all ranks in global token order. Lies in memory that forked processes share.
 class GlobalOutputs {
  public:
@@ -82,6 +85,7 @@ struct RunOptions {
   // No optional output is asked for: those stay poisoned.
   bool only_o = false;
   int num_forwards = 1;
+  bool has_backward = false;
   std::function<void(absl::string_view stage)> on_stage = nullptr;
 };
 
@@ -106,6 +110,9 @@ class RankForward {
   absl::Status CopyTo(GlobalOutputs* outputs);
 
   Engine& engine() { return *engine_; }
+  const ForwardInputs& inputs() const { return inputs_; }
+  const ForwardOutputs& outputs() const { return outputs_; }
+  const std::vector<int64_t>& rows() const { return rows_; }
 
  private:
   RankForward(const ShardPlan& plan, int rank, std::shared_ptr<kernels::Kernels> kernels);
@@ -129,8 +136,13 @@ absl::Status RunRank(const Problem& problem, const ShardPlan& plan, const RunOpt
 // The kernels of one rank, over host memory.
 using MakeKernels = std::function<absl::StatusOr<std::unique_ptr<kernels::Kernels>>()>;
 
-// All ranks as threads over a loopback group. The first error of the lowest rank. `make_kernels`:
-// null for CPU kernels with one thread.
+// `run` on every rank, as threads over a loopback group. The first error of the lowest rank.
+// `make_kernels`: null for CPU kernels with one thread.
+absl::Status OnLoopbackRanks(
+    int num_ranks,
+    const std::function<absl::Status(std::shared_ptr<comm::Communicator>,
+                                     std::shared_ptr<kernels::Kernels>)>& run,
+    const MakeKernels& make_kernels = nullptr);
 absl::Status RunLoopback(const Problem& problem, const ShardPlan& plan, const RunOptions& options,
                          GlobalOutputs* outputs, ForwardStats* stats = nullptr,
                          const MakeKernels& make_kernels = nullptr);
