@@ -3,9 +3,9 @@
 
     benchmarks/run_scaling.py BUNDLE --gpus 1,2,4 --tokens 65536,131072,262144,524288,1048576
 
-BUNDLE is a folder with forward_cuda (for --steps also cuda_kernels_benchmark and
+BUNDLE is a folder with passes_cuda (for --steps also cuda_kernels_benchmark and
 communication_benchmark) and the libraries that they need and this host lacks. For each number of
-GPUs (and shape of heads, and round) it runs forward_cuda at all lengths, then
+GPUs (and shape of heads, and round) it runs passes_cuda at all lengths, then
 dense/dense_attention.py, and writes one result file; README.md describes both. Start it with a
 python3 that has torch. A run that fails or takes too long is noted, and the others go on; the file
 is written after each.
@@ -122,7 +122,7 @@ def mpirun(gpus):
 def forward_commands(args, gpus, dims):
     """(command, results it should print) of each run on that many GPUs."""
     heads = [f"--dim_qk={dims[0]}", f"--dim_v={dims[1]}", f"--reps={args.reps}"]
-    ours = mpirun(gpus) + [str(args.bundle / "forward_cuda"), *heads]
+    ours = mpirun(gpus) + [str(args.bundle / "passes_cuda"), *heads]
     dense = [sys.executable]
     if gpus > 1:
         dense += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]

@@ -40,7 +40,7 @@ class RunScalingTest(unittest.TestCase):
         return done.returncode, json.loads(output.read_text(encoding="utf-8"))
 
     def test_writes_what_the_runs_print(self):
-        self.add_program("forward_cuda", f"#!/bin/sh\necho '{RESULT}'\n")
+        self.add_program("passes_cuda", f"#!/bin/sh\necho '{RESULT}'\n")
         self.add_program("cuda_kernels_benchmark", f"#!/bin/sh\necho '{STEPS}'\n")
         status, file = self.scaling_run("--steps")
         self.assertEqual(status, 0)
@@ -52,24 +52,24 @@ class RunScalingTest(unittest.TestCase):
                                           "step": "pack/tokens:8192", "median_us": 3.0}])
         self.assertEqual([one["command"] for one in file["runs"]],
                          ["cuda_kernels_benchmark --benchmark_format=json",
-                          "forward_cuda --dim_qk=128 --dim_v=128 --reps=10 --tokens=1024"])
+                          "passes_cuda --dim_qk=128 --dim_v=128 --reps=10 --tokens=1024"])
 
     def test_a_run_that_hangs_is_stopped_and_its_results_kept(self):
-        self.add_program("forward_cuda", f"#!/bin/sh\necho '{RESULT}'\nsleep 1000\n")
+        self.add_program("passes_cuda", f"#!/bin/sh\necho '{RESULT}'\nsleep 1000\n")
         status, file = self.scaling_run("--run_limit=1")
         self.assertEqual(status, 1)
         self.assertEqual([one["end"] for one in file["runs"]], ["stopped after 1 s"])
         self.assertEqual(len(file["results"]), 1)
 
     def test_failures_are_noted(self):
-        self.add_program("forward_cuda", "#!/bin/sh\nexit 3\n")
+        self.add_program("passes_cuda", "#!/bin/sh\nexit 3\n")
         self.assertEqual([one["end"] for one in self.scaling_run()[1]["runs"]], ["exit 3"])
-        self.add_program("forward_cuda", "#!/bin/sh\n")
+        self.add_program("passes_cuda", "#!/bin/sh\n")
         status, file = self.scaling_run()
         self.assertEqual((status, [one["end"] for one in file["runs"]]), (1, ["0 of 1 results"]))
 
     def test_out_of_time(self):
-        self.add_program("forward_cuda", f"#!/bin/sh\necho '{RESULT}'\n")
+        self.add_program("passes_cuda", f"#!/bin/sh\necho '{RESULT}'\n")
         self.assertEqual([one["end"] for one in self.scaling_run("--time_limit=1")[1]["runs"]],
                          ["not started, out of time"])
 

@@ -10,7 +10,7 @@ On one GPU a call of scaled_dot_product_attention. On several the sequence is de
 itself (causal); then it attends to the chunks before it (no mask), and the two are merged by their
 log-sum-exps. One call a chunk will not do: torch aligns cuDNN's causal mask to the first key.
 
-Prints one line of JSON for each length, with the fields of forward_cuda (see benchmarks/README.md).
+Prints one line of JSON for each length, with the fields of passes_cuda (see benchmarks/README.md).
 """
 
 import argparse

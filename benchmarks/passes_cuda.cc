@@ -1,9 +1,10 @@
-// The whole forward on GPUs: time, exposed communication, memory, and whether ranks and GPU agree
-// with one rank and with the CPU.
+// The whole forward, backward or both on GPUs: time, exposed communication, memory, and whether
+// ranks and GPU agree with one rank and with the CPU.
 //
-//   forward_cuda --tokens 8192,65536                 one GPU
-//   mpirun -n 4 forward_cuda --tokens 65536          one GPU a rank
-//   forward_cuda --tokens 4096 --check               against the CPU kernels, relative L2 of o
+//   passes_cuda --tokens 8192,65536                        one GPU, forward
+//   passes_cuda --tokens 8192,65536 --pass backward        after one forward that is not timed
+//   mpirun -n 4 passes_cuda --tokens 65536 --pass step     forward and backward, one GPU a rank
+//   passes_cuda --tokens 4096 --check                      o against the CPU kernels', relative L2
 //
 // Prints one line of JSON for each length; README.md says what its fields mean.
 #include <cuda_runtime_api.h>
@@ -24,7 +25,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "benchmarks/forward_tensors.h"
+#include "benchmarks/caller_tensors.h"
 #include "benchmarks/gpu_rank.h"
 #include "benchmarks/gpu_timer.h"
 #include "benchmarks/in_place_communicator.h"
@@ -35,6 +36,7 @@
 #include "nsa/engine.h"
 
 ABSL_FLAG(std::vector<std::string>, tokens, {"8192"}, "tokens of the global sequence, ascending");
+ABSL_FLAG(std::string, pass, "forward", "forward, backward, or step: both");
 ABSL_FLAG(int, q_heads, 64, "Hq");
 ABSL_FLAG(int, kv_heads, 4, "Hkv");
 ABSL_FLAG(int, dim_qk, 128, "Dk");
@@ -108,28 +110,67 @@ absl::StatusOr<double> TimeTogether(Bench& bench, absl::FunctionRef<absl::Status
   return bench.timer->Time(meet, work);
 }
 
-// The slowest rank's milliseconds of a call.
-absl::StatusOr<double> TimeForward(Bench& bench, Engine& engine, const ForwardTensors& tensors) {
-  auto mine = TimeTogether(bench, [&] {
-    return engine.Forward(tensors.inputs(), tensors.outputs(), bench.timer->stream());
-  });
-  return mine.ok() ? LargestOfRanks(*bench.communicator, *mine) : mine.status();
-}
+bool Trains() { return absl::GetFlag(FLAGS_pass) != "forward"; }
+
+// An engine, and the pass that is measured.
+class Pass {
+ public:
+  static absl::StatusOr<Pass> Create(Bench& bench, const EngineOptions& options,
+                                     const ShardPlan& plan, const CallerTensors& tensors) {
+    auto engine = Engine::Create(options, plan, bench.communicator, bench.kernels);
+    if (!engine.ok()) return engine.status();
+    Pass pass(bench, tensors, *std::move(engine));
+    if (!Trains()) return pass;
+    auto saved = pass.engine_->CreateSavedForward();
+    if (!saved.ok()) return saved.status();
+    pass.saved_ = *std::move(saved);
+    NSA_BENCHMARK_OK(pass.Forward());
+    return pass;
+  }
+
+  Engine& engine() { return *engine_; }
+
+  // This rank's milliseconds.
+  absl::StatusOr<double> TimeMine() {
+    return TimeTogether(bench_, [&] {
+      if (absl::GetFlag(FLAGS_pass) != "backward") NSA_BENCHMARK_OK(Forward());
+      return Trains() ? engine_->Backward(tensors_.inputs(), tensors_.d_o(), *saved_,
+                                          tensors_.gradients(), bench_.timer->stream())
+                      : absl::OkStatus();
+    });
+  }
+  // The slowest rank's.
+  absl::StatusOr<double> Time() {
+    auto mine = TimeMine();
+    return mine.ok() ? LargestOfRanks(*bench_.communicator, *mine) : mine.status();
+  }
+
+ private:
+  Pass(Bench& bench, const CallerTensors& tensors, std::unique_ptr<Engine> engine)
+      : bench_(bench), tensors_(tensors), engine_(std::move(engine)) {}
+
+  absl::Status Forward() {
+    return engine_->Forward(tensors_.inputs(), tensors_.outputs(), bench_.timer->stream(),
+                            saved_.get());
+  }
+
+  Bench& bench_;
+  const CallerTensors& tensors_;
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<SavedForward> saved_;  // destroyed before the engine
+};
 
 // Milliseconds by stage: the median of kStageCalls calls, averaged over the ranks.
 absl::StatusOr<Json> TimeStages(Bench& bench, const EngineOptions& options, const ShardPlan& plan,
-                                const ForwardTensors& tensors) {
+                                const CallerTensors& tensors) {
   EngineOptions timed = options;
   timed.time_stages = true;
-  auto engine = Engine::Create(timed, plan, bench.communicator, bench.kernels);
-  if (!engine.ok()) return engine.status();
+  auto pass = Pass::Create(bench, timed, plan, tensors);
+  if (!pass.ok()) return pass.status();
   std::vector<std::pair<std::string, std::vector<double>>> times;
   for (int i = -1; i < kStageCalls; ++i) {
-    auto total = TimeTogether(bench, [&] {
-      return (*engine)->Forward(tensors.inputs(), tensors.outputs(), bench.timer->stream());
-    });
-    if (!total.ok()) return total.status();
-    auto stats = (*engine)->LastStats();
+    if (auto total = pass->TimeMine(); !total.ok()) return total.status();
+    auto stats = pass->engine().LastStats();
     if (!stats.ok()) return stats.status();
     StageTimes call;
     for (const StageSpan& span : stats->stages()) {
@@ -162,10 +203,10 @@ absl::StatusOr<std::vector<uint16_t>> OnCpu(Bench& bench, const NsaConfig& confi
   auto cpu = kernels::CpuKernels::Create({});
   if (!cpu.ok()) return cpu.status();
   const ShardPlan plan = *ShardPlan::Parse("contiguous", tokens, 1);
-  auto on_device = ForwardTensors::Allocate(*bench.kernels, config, plan, 0);
+  auto on_device = CallerTensors::Allocate(*bench.kernels, config, plan, 0);
   if (!on_device.ok()) return on_device.status();
   NSA_BENCHMARK_OK(on_device->Fill(bench.timer->stream()));
-  auto tensors = ForwardTensors::Allocate(**cpu, config, plan, 0);
+  auto tensors = CallerTensors::Allocate(**cpu, config, plan, 0);
   if (!tensors.ok()) return tensors.status();
   NSA_BENCHMARK_OK(tensors->CopyInputs(*on_device));
   auto engine = Engine::Create({.config = config}, plan, std::move((*group)[0]), *std::move(cpu));
@@ -175,7 +216,7 @@ absl::StatusOr<std::vector<uint16_t>> OnCpu(Bench& bench, const NsaConfig& confi
 }
 
 absl::StatusOr<double> RelativeL2AgainstCpu(Bench& bench, const NsaConfig& config,
-                                            const ShardPlan& plan, const ForwardTensors& tensors) {
+                                            const ShardPlan& plan, const CallerTensors& tensors) {
   auto whole = OnCpu(bench, config, plan.num_tokens());
   if (!whole.ok()) return whole.status();
   auto mine = tensors.OutputOnHost();
@@ -195,7 +236,7 @@ absl::StatusOr<double> RelativeL2AgainstCpu(Bench& bench, const NsaConfig& confi
   return LargestOfRanks(*bench.communicator, std::sqrt(difference / norm));
 }
 
-absl::StatusOr<std::string> FingerprintOfAll(Bench& bench, const ForwardTensors& tensors) {
+absl::StatusOr<std::string> FingerprintOfAll(Bench& bench, const CallerTensors& tensors) {
   auto mine = tensors.Fingerprint(*bench.kernels, bench.timer->stream());
   if (!mine.ok()) return mine.status();
   auto all = bench.communicator->HostAllGather(absl::StrCat(*mine));
@@ -213,16 +254,16 @@ Json Milliseconds(const Spread& spread) {
 
 // The step, and in turns with it the step with remote data in place, into `line`. The last call is
 // one that moves data.
-absl::Status MeasureStep(Bench& bench, Engine& engine, const ForwardTensors& tensors, Json& line) {
+absl::Status MeasureStep(Bench& bench, Pass& pass, const CallerTensors& tensors, Json& line) {
   const bool several = bench.communicator->size() > 1;
   std::vector<double> step, in_place;
   for (int i = -kWarmUps; i < absl::GetFlag(FLAGS_reps); ++i) {
-    auto ms = TimeForward(bench, engine, tensors);
+    auto ms = pass.Time();
     if (!ms.ok()) return ms.status();
     if (i >= 0) step.push_back(*ms);
     if (!several) continue;
     bench.communicator->set_data_in_place(true);
-    ms = TimeForward(bench, engine, tensors);
+    ms = pass.Time();
     bench.communicator->set_data_in_place(false);
     if (!ms.ok()) return ms.status();
     if (i >= 0) in_place.push_back(*ms);
@@ -241,7 +282,7 @@ absl::Status MeasureStep(Bench& bench, Engine& engine, const ForwardTensors& ten
   if (!fingerprint.ok()) return fingerprint.status();
   if (several) {
     const std::string of_in_place = *fingerprint;
-    NSA_BENCHMARK_OK(TimeForward(bench, engine, tensors).status());
+    NSA_BENCHMARK_OK(pass.Time().status());
     fingerprint = FingerprintOfAll(bench, tensors);
     if (!fingerprint.ok()) return fingerprint.status();
     line["in_place"] = Milliseconds(SpreadOf(in_place));
@@ -257,32 +298,35 @@ absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
   options.agree_in_every_call = absl::GetFlag(FLAGS_agree);
   auto plan = ShardPlan::Parse(absl::GetFlag(FLAGS_sharding), tokens, bench.communicator->size());
   if (!plan.ok()) return plan.status();
-  auto tensors =
-      ForwardTensors::Allocate(*bench.kernels, options.config, *plan, bench.communicator->rank());
+  options.has_backward = Trains();
+  auto tensors = CallerTensors::Allocate(*bench.kernels, options.config, *plan,
+                                         bench.communicator->rank(), Trains());
   if (!tensors.ok()) return tensors.status();
   NSA_BENCHMARK_OK(tensors->Fill(bench.timer->stream()));
   Json line = heading;
   line["tokens"] = tokens;
   line["agree_in_every_call"] = options.agree_in_every_call;
   {
-    auto engine = Engine::Create(options, *plan, bench.communicator, bench.kernels);
-    if (!engine.ok()) return engine.status();
-    NSA_BENCHMARK_OK(MeasureStep(bench, **engine, *tensors, line));
+    auto pass = Pass::Create(bench, options, *plan, *tensors);
+    if (!pass.ok()) return pass.status();
+    NSA_BENCHMARK_OK(MeasureStep(bench, *pass, *tensors, line));
     if (absl::GetFlag(FLAGS_check)) {
       auto error = RelativeL2AgainstCpu(bench, options.config, *plan, *tensors);
       if (!error.ok()) return error.status();
       line["relative_l2_against_cpu"] = *error;
     }
-    auto stats = (*engine)->GatherStats();
+    auto stats = pass->engine().GatherStats();
     if (!stats.ok()) return stats.status();
     double flops = 0;
-    int64_t fetched_bytes = 0;
+    int64_t fetched_bytes = 0, saved_bytes = 0;
     for (const RankStats& rank : stats->ranks()) {
       flops += rank.flops();
       fetched_bytes = std::max(fetched_bytes, rank.block_bytes_received());
+      saved_bytes = std::max(saved_bytes, rank.saved_bytes());
     }
     line["flops"] = flops;
     line["fetched_mib"] = static_cast<double>(fetched_bytes) / (1 << 20);
+    if (Trains()) line["saved_mib"] = saved_bytes >> 20;
   }
   auto stages = TimeStages(bench, options, *plan, *tensors);
   if (!stages.ok()) return stages.status();
@@ -309,6 +353,7 @@ absl::Status Run(GpuRank gpu) {
   NSA_BENCHMARK_OK(CudaStatus(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion"));
   const NsaConfig config = MakeConfig();
   const Json heading = {{"implementation", "nsa"},
+                        {"pass", absl::GetFlag(FLAGS_pass)},
                         {"gpu", properties.name},
                         {"cuda", absl::StrCat(runtime / 1000, ".", runtime % 1000 / 10)},
                         {"gpus", bench.communicator->size()},
@@ -334,13 +379,19 @@ absl::Status Run(GpuRank gpu) {
 int main(int argc, char** argv) {
   absl::ParseCommandLine(argc, argv);
   if (absl::GetFlag(FLAGS_reps) < 1) {
-    std::fprintf(stderr, "forward_cuda: --reps = %d: must be at least 1\n",
+    std::fprintf(stderr, "passes_cuda: --reps = %d: must be at least 1\n",
                  absl::GetFlag(FLAGS_reps));
+    return 1;
+  }
+  const std::string pass = absl::GetFlag(FLAGS_pass);
+  if (pass != "forward" && pass != "backward" && pass != "step") {
+    std::fprintf(stderr, "passes_cuda: --pass = \"%s\": must be forward, backward or step\n",
+                 pass.c_str());
     return 1;
   }
   const bool under_mpirun = std::getenv("OMPI_COMM_WORLD_SIZE") != nullptr;
   const absl::Status status = nsa::benchmarks::RunOnGpu(under_mpirun, {}, nsa::benchmarks::Run);
   if (status.ok()) return 0;
-  std::fprintf(stderr, "forward_cuda: %s\n", status.ToString().c_str());
+  std::fprintf(stderr, "passes_cuda: %s\n", status.ToString().c_str());
   return 1;
 }
