@@ -14,25 +14,38 @@ def shape_of(result):
     return tuple(result[field] for field in SHAPE)
 
 
+def pass_of(result):
+    return result.get("pass", "forward")
+
+
+def passes(results):
+    """Those that were measured, in order of appearance."""
+    return list(dict.fromkeys(map(pass_of, results)))
+
+
 def shapes(results):
     """Those of the zig-zag runs, in order of appearance."""
     return list(dict.fromkeys(shape_of(r) for r in results if r["sharding"] == "zigzag"))
 
 
-def select(results, implementation, shape):
-    """{(gpus, tokens): result}; of several of the same the last. Zig-zag alone, and no checks."""
+def select(results, implementation, shape, name="forward"):
+    """{(gpus, tokens): result} of a pass; of several of the same the last. Zig-zag alone, and no
+    checks."""
     return {(r["gpus"], r["tokens"]): r for r in results
             if r.get("implementation", "nsa") == implementation and shape_of(r) == shape
-            and r["sharding"] == "zigzag" and "relative_l2_against_cpu" not in r}
+            and pass_of(r) == name and r["sharding"] == "zigzag"
+            and "relative_l2_against_cpu" not in r}
 
 
 def add_dense_ratios(results):
     """Sets dense_ratio, the dense time over ours, where both were measured."""
     for shape in shapes(results):
-        dense = select(results, "dense", shape)
-        for place, result in select(results, "nsa", shape).items():
-            if place in dense:
-                result["dense_ratio"] = round(dense[place]["median_ms"] / result["median_ms"], 4)
+        for name in passes(results):
+            dense = select(results, "dense", shape, name)
+            for place, result in select(results, "nsa", shape, name).items():
+                if place in dense:
+                    result["dense_ratio"] = round(
+                        dense[place]["median_ms"] / result["median_ms"], 4)
 
 
 def times(of_place, gpus):

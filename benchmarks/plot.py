@@ -6,7 +6,8 @@
 FILE-time: milliseconds against length, ours and dense, and how many times faster ours is.
 FILE-efficiency: against GPUs, strong (same length) and weak (same length a GPU, by rate).
 FILE-stages: milliseconds by stage, for each length and number of GPUs.
-For the first shape of heads in the file. Needs matplotlib (Debian: python3-matplotlib).
+Of another pass than the forward PASS stands before time, efficiency and stages. For the first shape
+of heads in the file. Needs matplotlib (Debian: python3-matplotlib).
 """
 
 import argparse
@@ -51,7 +52,7 @@ def add_legend(axis):
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center")
 
 
-def draw_time(ours, dense):
+def draw_time(ours, dense, name):
     figure, (time, ratio) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained",
                                             sharex=True)
     for color, gpus in zip(COLORS, sorted({p for p, _ in ours})):
@@ -64,7 +65,7 @@ def draw_time(ours, dense):
             ratio.plot(*zip(*ratios), "o-", color=color, label=gpus_name(gpus))
     lengths = {tokens for _, tokens in ours}
     time.set_yscale("log")
-    time.set_ylabel("forward, ms")
+    time.set_ylabel(f"{name}, ms")
     ratio.set_ylabel("times faster than dense")
     ratio.axhline(1, color="black", linewidth=0.8)
     for axis in (time, ratio):
@@ -124,17 +125,19 @@ def main():
     args = parser.parse_args()
     file = figures.load(args.file)
     shape = figures.shapes(file["results"])[0]
-    ours = figures.select(file["results"], "nsa", shape)
-    dense = figures.select(file["results"], "dense", shape)
     folder = args.output or args.file.parent
     pyplot.rcParams.update(STYLE)
-    for name, figure in (("time", draw_time(ours, dense)), ("efficiency", draw_efficiency(ours)),
-                         ("stages", draw_stages(ours))):
-        figure.suptitle(f"NSA forward, {file['gpu']}, {file['date']}")
-        for suffix in ("svg", "png"):
-            path = folder / f"{args.file.stem}-{name}.{suffix}"
-            figure.savefig(path, metadata={"Date": None} if suffix == "svg" else None)
-            print(path)
+    for name in figures.passes(file["results"]):
+        ours = figures.select(file["results"], "nsa", shape, name)
+        dense = figures.select(file["results"], "dense", shape, name)
+        prefix = args.file.stem + ("" if name == "forward" else f"-{name}")
+        for plot, figure in (("time", draw_time(ours, dense, name)),
+                             ("efficiency", draw_efficiency(ours)), ("stages", draw_stages(ours))):
+            figure.suptitle(f"NSA {name}, {file['gpu']}, {file['date']}")
+            for suffix in ("svg", "png"):
+                path = folder / f"{prefix}-{plot}.{suffix}"
+                figure.savefig(path, metadata={"Date": None} if suffix == "svg" else None)
+                print(path)
 
 
 if __name__ == "__main__":

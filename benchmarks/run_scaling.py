@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The scaling run: our forward and dense attention, in turns, on the GPUs of this host.
+"""The scaling run: our passes and dense attention's, in turns, on the GPUs of this host.
 
     benchmarks/run_scaling.py BUNDLE --gpus 1,2,4 --tokens 65536,131072,262144,524288,1048576
 
@@ -41,6 +41,8 @@ def parse_arguments():
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--gpus", type=numbers, default=[1], help="e.g. 1,2,4")
     parser.add_argument("--tokens", type=numbers, default=[8192, 65536], help="ascending")
+    parser.add_argument("--passes", type=lambda text: text.split(","), default=["forward"],
+                        help="of forward, backward, step (both)")
     parser.add_argument("--dims", type=shapes, default=[(128, 128)], help="DkxDv, e.g. 128x128")
     parser.add_argument("--max_tokens_per_gpu", type=int, default=1 << 20, help="of ours")
     parser.add_argument("--dense_max_tokens_per_gpu", type=int, default=1 << 17)
@@ -50,7 +52,7 @@ def parse_arguments():
     parser.add_argument("--check", action="store_true", help="also compare with references")
     parser.add_argument("--time_limit", type=float, default=3600, help="of everything, seconds")
     parser.add_argument("--run_limit", type=float, default=300, help="of one run, seconds")
-    parser.add_argument("--output", type=Path, help="default: results/DATE-forward-GPU.json")
+    parser.add_argument("--output", type=Path, help="default: results/DATE-PASSES-GPU.json")
     return parser.parse_args()
 
 
@@ -119,15 +121,17 @@ def mpirun(gpus):
     return ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(gpus)] if gpus > 1 else []
 
 
-def forward_commands(args, gpus, dims):
-    """(command, results it should print) of each run on that many GPUs."""
+def commands_of(args, name, gpus, dims):
+    """(command, results it should print) of each run of a pass on that many GPUs."""
     heads = [f"--dim_qk={dims[0]}", f"--dim_v={dims[1]}", f"--reps={args.reps}"]
+    if name != "forward":
+        heads.append(f"--pass={name}")
     ours = mpirun(gpus) + [str(args.bundle / "passes_cuda"), *heads]
     dense = [sys.executable]
     if gpus > 1:
         dense += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
     dense += [str(HERE / "dense/dense_attention.py"), *heads] + ["--check"] * args.check
-    if args.check:
+    if args.check and name == "forward":
         yield ours + ["--tokens=4096", "--check"], 1
     for command, limit in ((ours, args.max_tokens_per_gpu), (dense, args.dense_max_tokens_per_gpu)):
         lengths = [t for t in args.tokens if t <= limit * gpus]
@@ -148,7 +152,7 @@ class ScalingRun:
             self.environment.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
         self.file = describe_host(args.bundle, folders)
         gpu = self.file["gpu"].split()[-1].lower()
-        self.output = args.output or HERE / f"results/{self.file['date']}-forward-{gpu}.json"
+        self.output = args.output or HERE / f"results/{self.file['date']}-{'-'.join(args.passes)}-{gpu}.json"
         self.output.parent.mkdir(parents=True, exist_ok=True)
 
     def run(self, command, read):
@@ -171,8 +175,8 @@ class ScalingRun:
         figures.add_dense_ratios(self.file["results"])
         self.output.write_text(json.dumps(self.file, indent=1) + "\n", encoding="utf-8")
 
-    def forward(self, gpus, dims, number):
-        for command, expected in forward_commands(self.args, gpus, dims):
+    def measure(self, name, gpus, dims, number):
+        for command, expected in commands_of(self.args, name, gpus, dims):
             def read(out, expected=expected):
                 lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
                 for line in lines:
@@ -209,9 +213,10 @@ def main():
     for number in range(args.rounds):
         for dims in args.dims:
             for gpus in args.gpus:
-                scaling.forward(gpus, dims, number)
+                for name in args.passes:
+                    scaling.measure(name, gpus, dims, number)
     for line in scaling.file["results"]:
-        print(f"{line['implementation']:6} {line['gpus']} GPUs {line['tokens']:8} tokens "
+        print(f"{line['implementation']:6} {figures.pass_of(line)} {line['gpus']} GPUs {line['tokens']:8} tokens "
               f"{line['median_ms']:10.3f} ms", *(f"{name} {line[name]:.3f}" for name in
               ("dense_ratio", "exposed_communication") if name in line), flush=True)
     return 0 if all(one["end"] == "ok" for one in scaling.file["runs"]) else 1

@@ -3,12 +3,15 @@
 
     dense_attention.py --tokens 8192,65536                                       one GPU
     torchrun --standalone --nproc-per-node 4 dense_attention.py --tokens 65536   one GPU a rank
+    ... --pass backward                                      after a forward that is not timed; or step
     ... --check                                                                  against fp64 first
 
 On one GPU a call of scaled_dot_product_attention. On several the sequence is dealt in zig-zag: of
 2P chunks rank r holds r and 2P-1-r. K and V of all ranks are gathered while each chunk attends to
 itself (causal); then it attends to the chunks before it (no mask), and the two are merged by their
 log-sum-exps. One call a chunk will not do: torch aligns cuDNN's causal mask to the first key.
+The backward gathers K and V again, goes over the same parts with the merged output and log-sum-exp,
+and reduce-scatters the gradients of K and V.
 
 Prints one line of JSON for each length, with the fields of passes_cuda (see benchmarks/README.md).
 """
@@ -58,47 +61,77 @@ def attend(q, k, v, causal):
     return out[0].squeeze(0).transpose(0, 1), out[1].reshape(q.shape[1], q.shape[0])
 
 
+def attend_backward(d_o, q, k, v, out, lse, causal):
+    """cuDNN's dq, dk, dv, [tokens, heads, dim] each, given output and log-sum-exp of all keys."""
+    seed = torch.zeros((), dtype=torch.int64, device="cuda")
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        heads_first(d_o), heads_first(q), heads_first(k), heads_first(v), heads_first(out),
+        lse.reshape(1, q.shape[1], q.shape[0], 1), seed, seed, None, None, None, q.shape[0],
+        k.shape[0], 0.0, causal)
+    return [x.squeeze(0).transpose(0, 1) for x in grads]
+
+
 class OneGpu:
     """The whole sequence on one GPU."""
 
-    def __init__(self, tokens, make):
-        self.q, self.k, self.v = make(0, tokens)
+    def __init__(self, tokens, make, trains):
+        self.q, self.k, self.v, d_o = make(0, tokens)
+        self.d_o = d_o if trains else None
+        for x in (self.q, self.k, self.v):
+            x.requires_grad_(trains)
 
     def forward(self):
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = torch.nn.functional.scaled_dot_product_attention(
+            self.out = torch.nn.functional.scaled_dot_product_attention(
                 heads_first(self.q), heads_first(self.k), heads_first(self.v), is_causal=True,
                 enable_gqa=True)
-        return [(0, out.squeeze(0).transpose(0, 1))]
+        return [(0, self.out.detach().squeeze(0).transpose(0, 1))]
+
+    def backward(self):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.autograd.grad(self.out, (self.q, self.k, self.v), heads_first(self.d_o),
+                                       retain_graph=True)
 
 
 class ZigZag:
     """This rank's two chunks, and room for K and V of all."""
 
-    def __init__(self, tokens, make):
+    def __init__(self, tokens, make, trains):
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if tokens % (2 * self.size):
             sys.exit(f"--tokens has {tokens}: must be a multiple of twice the {self.size} ranks")
         self.chunk = tokens // (2 * self.size)
         self.begins = [self.rank * self.chunk, (2 * self.size - 1 - self.rank) * self.chunk]
-        self.chunks = [make(begin, begin + self.chunk) for begin in self.begins]
+        made = [make(begin, begin + self.chunk) for begin in self.begins]
+        self.chunks = [chunk[:3] for chunk in made]
+        self.d_o = [chunk[3] for chunk in made]
         # Late chunks 2P-1 .. P as the ranks hold them, then the early ones 0 .. P-1: what comes
         # before a chunk lies in one piece. Its order does not matter where nothing is masked.
         self.gathered = [x.new_empty(tokens, *x.shape[1:]) for x in self.chunks[0][1:]]
 
-    def forward(self):
+        if trains:
+            self.grads = [torch.zeros_like(x) for x in self.gathered]
         half = self.size * self.chunk
-        waits = [
+        self.before = [(half, half + self.rank * self.chunk),
+                       ((self.rank + 1) * self.chunk, 2 * half)]
+
+    def gather(self):
+        """Of K and V; what to wait for."""
+        half = self.size * self.chunk
+        return [
             dist.all_gather_into_tensor(whole[begin:begin + half], x, async_op=True)
             for begin, chunk in ((half, self.chunks[0]), (0, self.chunks[1]))
             for whole, x in zip(self.gathered, chunk[1:])
         ]
+
+    def forward(self):
+        waits = self.gather()
         own = [attend(q, k, v, causal=True) for q, k, v in self.chunks]
         for wait in waits:
             wait.wait()
-        before = [(half, half + self.rank * self.chunk),
-                  ((self.rank + 1) * self.chunk, 2 * half)]
-        for (q, _, _), (out, lse), (begin, end) in zip(self.chunks, own, before):
+        self.merged = []
+        for (q, _, _), (out, lse), (begin, end) in zip(self.chunks, own, self.before):
+            self.merged.append((out, lse))
             if begin == end:
                 continue
             k, v = (whole[begin:end] for whole in self.gathered)
@@ -108,7 +141,33 @@ class ZigZag:
             rows = 64
             merge_rows[(triton.cdiv(tokens * heads, rows),)](
                 out, other, lse, other_lse, tokens, heads, dim, rows)
+            self.merged[-1] = (out, torch.logaddexp(lse, other_lse))
         return [(begin, out) for begin, (out, _) in zip(self.begins, own)]
+
+    def backward(self):
+        waits = self.gather()
+        parts = list(zip(self.chunks, self.d_o, self.merged, self.before))
+        own = [attend_backward(d_o, q, k, v, out, lse, causal=True)
+               for (q, k, v), d_o, (out, lse), _ in parts]
+        for wait in waits:
+            wait.wait()
+        for grad in self.grads:
+            grad.zero_()
+        for ((q, _, _), d_o, (out, lse), (begin, end)), grads in zip(parts, own):
+            if begin == end:
+                continue
+            k, v = (whole[begin:end] for whole in self.gathered)
+            others = attend_backward(d_o, q, k, v, out, lse, causal=False)
+            grads[0] += others[0]
+            for grad, other in zip(self.grads, others[1:]):
+                grad[begin:end] += other
+        half = self.size * self.chunk
+        for begin, grads in ((half, own[0]), (0, own[1])):
+            for i, grad in enumerate(self.grads):
+                of_others = torch.empty_like(grads[i + 1])
+                dist.reduce_scatter_tensor(of_others, grad[begin:begin + half])
+                grads[i + 1] += of_others
+        return own
 
 
 def relative_l2(outputs, q, k, v):
@@ -130,20 +189,22 @@ def relative_l2(outputs, q, k, v):
 
 def check(case, tokens, make_values):
     """Exits when the result is wrong."""
-    q, k, v = make_values(tokens)
+    q, k, v, _ = make_values(tokens)
     error = relative_l2(
-        case(tokens, lambda begin, end: [x[begin:end].contiguous() for x in (q, k, v)]).forward(),
-        q, k, v)
+        case(tokens, lambda begin, end: [x[begin:end].contiguous() for x in (q, k, v, q)],
+             trains=False).forward(), q, k, v)
     print(f"relative L2 against fp64, {tokens} tokens: {error:.2e}", file=sys.stderr, flush=True)
     if not error <= 6e-3:
         sys.exit("dense_attention: wrong result")
 
 
-def time_forward(case, reps, seconds):
+def time_pass(case, name, reps, seconds):
     """Milliseconds of each repetition, the slowest rank's; fewer repetitions past `seconds`."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     several = dist.is_initialized()
     times = []
+    if name == "backward":
+        case.forward()
     start = time.monotonic()
     for i in range(-WARM_UPS, reps):
         flush.zero_()
@@ -153,7 +214,10 @@ def time_forward(case, reps, seconds):
             torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        case.forward()
+        if name != "backward":
+            case.forward()
+        if name != "forward":
+            case.backward()
         end.record()
         end.synchronize()
         slowest = torch.tensor([begin.elapsed_time(end), time.monotonic() - start], device="cuda")
@@ -171,6 +235,8 @@ def time_forward(case, reps, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", default="8192", help="of the global sequence, e.g. 8192,65536")
+    parser.add_argument("--pass", dest="name", default="forward",
+                        choices=("forward", "backward", "step"))
     parser.add_argument("--q_heads", type=int, default=64)
     parser.add_argument("--kv_heads", type=int, default=4)
     parser.add_argument("--dim_qk", type=int, default=128)
@@ -190,20 +256,22 @@ def main():
         torch.manual_seed(1)
         return [torch.randn(tokens, heads, dim, dtype=torch.bfloat16, device="cuda")
                 for heads, dim in ((args.q_heads, args.dim_qk), (args.kv_heads, args.dim_qk),
-                                   (args.kv_heads, args.dim_v))]
+                                   (args.kv_heads, args.dim_v), (args.q_heads, args.dim_v))]
 
     case = ZigZag if size > 1 else OneGpu
     if args.check:
         check(case, 2048, make_values)
     for tokens in map(int, args.tokens.split(",")):
         # Each rank its own values: they do not matter for the time.
-        times, used_mib = time_forward(
-            case(tokens, lambda begin, end: make_values(end - begin)), args.reps, args.seconds)
+        trains = args.name != "forward"
+        times, used_mib = time_pass(
+            case(tokens, lambda begin, end: make_values(end - begin), trains), args.name, args.reps,
+            args.seconds)
         torch.cuda.empty_cache()
         if dist.is_initialized() and dist.get_rank() > 0:
             continue
         print(json.dumps({
-            "implementation": "dense", "gpu": torch.cuda.get_device_name(), "gpus": size,
+            "implementation": "dense", "pass": args.name, "gpu": torch.cuda.get_device_name(), "gpus": size,
             "q_heads": args.q_heads, "kv_heads": args.kv_heads, "dim_qk": args.dim_qk,
             "dim_v": args.dim_v, "sharding": "zigzag", "torch": torch.__version__,
             "cudnn": torch.backends.cudnn.version(), "tokens": tokens,
