@@ -87,61 +87,29 @@ class Kernels {
   virtual absl::Status AttendWindow(const AttendWindowParams& params, void* stream) = 0;
 
   // The backward; see backward_params.h.
-  virtual absl::Status Zero(void* /*dst*/, int64_t /*num_bytes*/, void* /*stream*/) {
-    return absl::UnimplementedError("Zero");
-  }
+  virtual absl::Status Zero(void* dst, int64_t num_bytes, void* stream) = 0;
   // Of each stage's scratch, for every call within `limits` or of as many blocks.
-  virtual int64_t SelectedBackwardScratchBytes(const AttentionDims& /*dims*/,
-                                               const BackwardLimits& /*limits*/) const {
-    return 0;
-  }
-  virtual int64_t WindowBackwardScratchBytes(const AttentionDims& /*dims*/,
-                                             const BackwardLimits& /*limits*/) const {
-    return 0;
-  }
-  virtual int64_t SummariesBackwardScratchBytes(const AttentionDims& /*dims*/,
-                                                const BackwardLimits& /*limits*/) const {
-    return 0;
-  }
-  virtual int64_t CompressBackwardScratchBytes(const AttentionDims& /*dims*/,
-                                               Compressor /*compressor*/, int32_t /*hidden_width*/,
-                                               int64_t /*num_blocks*/) const {
-    return 0;
-  }
-  virtual absl::Status GateBackward(const GateBackwardParams& /*params*/, void* /*stream*/) {
-    return absl::UnimplementedError("GateBackward");
-  }
-  virtual absl::Status AttendWindowBackward(const AttendWindowBackwardParams& /*params*/,
-                                            void* /*stream*/) {
-    return absl::UnimplementedError("AttendWindowBackward");
-  }
-  virtual absl::Status AttendSelectedBackward(const AttendSelectedBackwardParams& /*params*/,
-                                              void* /*stream*/) {
-    return absl::UnimplementedError("AttendSelectedBackward");
-  }
-  virtual absl::Status AttendSummariesBackward(const AttendSummariesBackwardParams& /*params*/,
-                                               void* /*stream*/) {
-    return absl::UnimplementedError("AttendSummariesBackward");
-  }
-  virtual absl::Status CompressBackward(const CompressBackwardParams& /*params*/,
-                                        void* /*stream*/) {
-    return absl::UnimplementedError("CompressBackward");
-  }
-  virtual absl::Status UnpackGradients(const UnpackGradientsParams& /*params*/, void* /*stream*/) {
-    return absl::UnimplementedError("UnpackGradients");
-  }
-  virtual absl::Status PlanReturn(const PlanReturnParams& /*params*/, void* /*stream*/) {
-    return absl::UnimplementedError("PlanReturn");
-  }
-  virtual absl::Status AddIndexedRows(const AddIndexedRowsParams& /*params*/, void* /*stream*/) {
-    return absl::UnimplementedError("AddIndexedRows");
-  }
-  virtual absl::Status AddRows(const AddRowsParams& /*params*/, void* /*stream*/) {
-    return absl::UnimplementedError("AddRows");
-  }
-  virtual absl::Status StoreGradient(const StoreGradientParams& /*params*/, void* /*stream*/) {
-    return absl::UnimplementedError("StoreGradient");
-  }
+  virtual int64_t SelectedBackwardScratchBytes(const AttentionDims& dims,
+                                               const BackwardLimits& limits) const = 0;
+  virtual int64_t WindowBackwardScratchBytes(const AttentionDims& dims,
+                                             const BackwardLimits& limits) const = 0;
+  virtual int64_t SummariesBackwardScratchBytes(const AttentionDims& dims,
+                                                const BackwardLimits& limits) const = 0;
+  virtual int64_t CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,
+                                               int32_t hidden_width, int64_t num_blocks) const = 0;
+  virtual absl::Status GateBackward(const GateBackwardParams& params, void* stream) = 0;
+  virtual absl::Status AttendWindowBackward(const AttendWindowBackwardParams& params,
+                                            void* stream) = 0;
+  virtual absl::Status AttendSelectedBackward(const AttendSelectedBackwardParams& params,
+                                              void* stream) = 0;
+  virtual absl::Status AttendSummariesBackward(const AttendSummariesBackwardParams& params,
+                                               void* stream) = 0;
+  virtual absl::Status CompressBackward(const CompressBackwardParams& params, void* stream) = 0;
+  virtual absl::Status UnpackGradients(const UnpackGradientsParams& params, void* stream) = 0;
+  virtual absl::Status PlanReturn(const PlanReturnParams& params, void* stream) = 0;
+  virtual absl::Status AddIndexedRows(const AddIndexedRowsParams& params, void* stream) = 0;
+  virtual absl::Status AddRows(const AddRowsParams& params, void* stream) = 0;
+  virtual absl::Status StoreGradient(const StoreGradientParams& params, void* stream) = 0;
 };
 
 }  // namespace nsa::kernels

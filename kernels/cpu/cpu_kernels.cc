@@ -120,6 +120,16 @@ absl::Status CpuKernels::AttendWindow(const AttendWindowParams& params, void* /*
   return cpu::AttendWindow(params, *workers_);
 }
 
+int64_t CpuKernels::WindowBackwardScratchBytes(const AttentionDims& /*dims*/,
+                                               const BackwardLimits& /*limits*/) const {
+  return 0;  // each thread has its own
+}
+
+int64_t CpuKernels::SummariesBackwardScratchBytes(const AttentionDims& /*dims*/,
+                                                  const BackwardLimits& /*limits*/) const {
+  return 0;
+}
+
 int64_t CpuKernels::SelectedBackwardScratchBytes(const AttentionDims& dims,
                                                  const BackwardLimits& limits) const {
   return cpu::SelectedBackwardScratchBytes(dims, limits);

@@ -43,6 +43,10 @@ class CpuKernels : public HostOrder {
   absl::Status AttendSelected(const AttendSelectedParams& params, void* stream) override;
   absl::Status AttendWindow(const AttendWindowParams& params, void* stream) override;
 
+  int64_t WindowBackwardScratchBytes(const AttentionDims& dims,
+                                     const BackwardLimits& limits) const override;
+  int64_t SummariesBackwardScratchBytes(const AttentionDims& dims,
+                                        const BackwardLimits& limits) const override;
   int64_t SelectedBackwardScratchBytes(const AttentionDims& dims,
                                        const BackwardLimits& limits) const override;
   int64_t CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,

@@ -366,6 +366,73 @@ absl::Status MirroredKernels::AttendWindow(const AttendWindowParams& params, voi
   return mirror.Finish(device_->AttendWindow(p, nullptr));
 }
 
+int64_t MirroredKernels::WindowBackwardScratchBytes(const AttentionDims& dims,
+                                                    const BackwardLimits& limits) const {
+  return device_->WindowBackwardScratchBytes(dims, limits);
+}
+
+int64_t MirroredKernels::SummariesBackwardScratchBytes(const AttentionDims& dims,
+                                                       const BackwardLimits& limits) const {
+  return device_->SummariesBackwardScratchBytes(dims, limits);
+}
+
+absl::Status MirroredKernels::AttendWindowBackward(const AttendWindowBackwardParams& params,
+                                                   void* /*stream*/) {
+  Mirror mirror(*device_);
+  const AttentionDims& dims = params.dims;
+  const int64_t element_bytes = SizeOf(dims.dtype), num_tokens = params.queries.num_tokens;
+  AttendWindowBackwardParams p = params;
+  p.queries = mirror.In(params.queries, dims.num_q_heads, dims.head_dim_qk, element_bytes);
+  p.k = mirror.In(params.k, dims.num_kv_heads, dims.head_dim_qk, element_bytes);
+  p.v = mirror.In(params.v, dims.num_kv_heads, dims.head_dim_v, element_bytes);
+  p.outputs = mirror.In(params.outputs, dims, num_tokens);
+  p.queries_gradients = mirror.Out(params.queries_gradients, dims, params.queries);
+  p.dk = mirror.Out(params.dk, params.k.segments, params.k.num_segments,
+                    dims.num_kv_heads * dims.head_dim_qk);
+  p.dv = mirror.Out(params.dv, params.v.segments, params.v.num_segments,
+                    dims.num_kv_heads * dims.head_dim_v);
+  p.scratch = mirror.OutBytes(
+      params.scratch,
+      WindowBackwardScratchBytes(dims, {.num_tokens = num_tokens,
+                                        .num_segments = params.queries.num_segments,
+                                        .num_kv_heads = params.queries.kv_heads.size(),
+                                        .num_cmp_blocks = 0,
+                                        .num_slc_blocks = 0,
+                                        .num_records = 0,
+                                        .num_documents = 0}));
+  if (!mirror.status().ok()) return mirror.status();
+  return mirror.Finish(device_->AttendWindowBackward(p, nullptr));
+}
+
+absl::Status MirroredKernels::AttendSummariesBackward(const AttendSummariesBackwardParams& params,
+                                                      void* /*stream*/) {
+  Mirror mirror(*device_);
+  const AttentionDims& dims = params.dims;
+  const int64_t element_bytes = SizeOf(dims.dtype), num_tokens = params.queries.num_tokens;
+  AttendSummariesBackwardParams p = params;
+  p.queries = mirror.In(params.queries, dims.num_q_heads, dims.head_dim_qk, element_bytes);
+  p.queries.documents = mirror.In(params.queries.documents, params.num_documents);
+  p.kc = mirror.In(params.kc, params.num_cmp_blocks, dims.num_kv_heads, dims.head_dim_qk,
+                   element_bytes);
+  p.vc = mirror.In(params.vc, params.num_cmp_blocks, dims.num_kv_heads, dims.head_dim_v,
+                   element_bytes);
+  p.outputs = mirror.In(params.outputs, dims, num_tokens);
+  p.queries_gradients = mirror.Out(params.queries_gradients, dims, params.queries);
+  p.d_summaries = mirror.Out(params.d_summaries, params.num_cmp_blocks * dims.num_kv_heads *
+                                                     int64_t{dims.head_dim_qk + dims.head_dim_v});
+  p.scratch = mirror.OutBytes(
+      params.scratch,
+      SummariesBackwardScratchBytes(dims, {.num_tokens = num_tokens,
+                                           .num_segments = params.queries.num_segments,
+                                           .num_kv_heads = params.queries.kv_heads.size(),
+                                           .num_cmp_blocks = params.num_cmp_blocks,
+                                           .num_slc_blocks = 0,
+                                           .num_records = 0,
+                                           .num_documents = params.num_documents}));
+  if (!mirror.status().ok()) return mirror.status();
+  return mirror.Finish(device_->AttendSummariesBackward(p, nullptr));
+}
+
 absl::Status MirroredKernels::Zero(void* dst, int64_t num_bytes, void* /*stream*/) {
   Mirror mirror(*device_);
   void* const p = mirror.OutBytes(dst, num_bytes);

@@ -39,6 +39,14 @@ class MirroredKernels : public HostOrder {
   absl::Status AttendWindow(const AttendWindowParams& params, void* stream) override;
 
   absl::Status Zero(void* dst, int64_t num_bytes, void* stream) override;
+  int64_t WindowBackwardScratchBytes(const AttentionDims& dims,
+                                     const BackwardLimits& limits) const override;
+  int64_t SummariesBackwardScratchBytes(const AttentionDims& dims,
+                                        const BackwardLimits& limits) const override;
+  absl::Status AttendWindowBackward(const AttendWindowBackwardParams& params,
+                                    void* stream) override;
+  absl::Status AttendSummariesBackward(const AttendSummariesBackwardParams& params,
+                                       void* stream) override;
   int64_t SelectedBackwardScratchBytes(const AttentionDims& dims,
                                        const BackwardLimits& limits) const override;
   int64_t CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,

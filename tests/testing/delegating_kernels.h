@@ -76,6 +76,60 @@ class DelegatingKernels : public kernels::Kernels {
   absl::Status AttendWindow(const kernels::AttendWindowParams& params, void* stream) override {
     return to_->AttendWindow(params, stream);
   }
+  absl::Status Zero(void* dst, int64_t num_bytes, void* stream) override {
+    return to_->Zero(dst, num_bytes, stream);
+  }
+  int64_t WindowBackwardScratchBytes(const kernels::AttentionDims& dims,
+                                     const kernels::BackwardLimits& limits) const override {
+    return to_->WindowBackwardScratchBytes(dims, limits);
+  }
+  int64_t SelectedBackwardScratchBytes(const kernels::AttentionDims& dims,
+                                       const kernels::BackwardLimits& limits) const override {
+    return to_->SelectedBackwardScratchBytes(dims, limits);
+  }
+  int64_t SummariesBackwardScratchBytes(const kernels::AttentionDims& dims,
+                                        const kernels::BackwardLimits& limits) const override {
+    return to_->SummariesBackwardScratchBytes(dims, limits);
+  }
+  int64_t CompressBackwardScratchBytes(const kernels::AttentionDims& dims, Compressor compressor,
+                                       int32_t hidden_width, int64_t num_blocks) const override {
+    return to_->CompressBackwardScratchBytes(dims, compressor, hidden_width, num_blocks);
+  }
+  absl::Status GateBackward(const kernels::GateBackwardParams& params, void* stream) override {
+    return to_->GateBackward(params, stream);
+  }
+  absl::Status AttendWindowBackward(const kernels::AttendWindowBackwardParams& params,
+                                    void* stream) override {
+    return to_->AttendWindowBackward(params, stream);
+  }
+  absl::Status AttendSelectedBackward(const kernels::AttendSelectedBackwardParams& params,
+                                      void* stream) override {
+    return to_->AttendSelectedBackward(params, stream);
+  }
+  absl::Status AttendSummariesBackward(const kernels::AttendSummariesBackwardParams& params,
+                                       void* stream) override {
+    return to_->AttendSummariesBackward(params, stream);
+  }
+  absl::Status CompressBackward(const kernels::CompressBackwardParams& params,
+                                void* stream) override {
+    return to_->CompressBackward(params, stream);
+  }
+  absl::Status UnpackGradients(const kernels::UnpackGradientsParams& params,
+                               void* stream) override {
+    return to_->UnpackGradients(params, stream);
+  }
+  absl::Status PlanReturn(const kernels::PlanReturnParams& params, void* stream) override {
+    return to_->PlanReturn(params, stream);
+  }
+  absl::Status AddIndexedRows(const kernels::AddIndexedRowsParams& params, void* stream) override {
+    return to_->AddIndexedRows(params, stream);
+  }
+  absl::Status AddRows(const kernels::AddRowsParams& params, void* stream) override {
+    return to_->AddRows(params, stream);
+  }
+  absl::Status StoreGradient(const kernels::StoreGradientParams& params, void* stream) override {
+    return to_->StoreGradient(params, stream);
+  }
 
  private:
   std::shared_ptr<kernels::Kernels> to_;
