@@ -244,35 +244,35 @@ __global__ void __launch_bounds__(32)
   }
 }
 
-template <class T>
-cudaError_t LaunchKeys(const AttendSelectedBackwardParams& params, const SelectedPiece& piece,
-                       const Device& device, cudaStream_t stream) {
+}  // namespace
+
+cudaError_t LaunchSelectedKeysAny(const AttendSelectedBackwardParams& params,
+                                  const SelectedPiece& piece, const Device& device,
+                                  cudaStream_t stream) {
   const AttentionDims& dims = params.dims;
-  const int32_t widest =
-      dims.head_dim_qk > dims.head_dim_v ? dims.head_dim_qk : dims.head_dim_v;
+  const int32_t widest = dims.head_dim_qk > dims.head_dim_v ? dims.head_dim_qk : dims.head_dim_v;
   const dim3 grid(8 * device.num_sms, dims.select_block_tokens / kFragmentRows,
                   (widest + kSliceDims - 1) / kSliceDims);
-  SelectedKeysAnyKernel<T><<<grid, 32, 0, stream>>>(params, piece);
+  const auto kernel = dims.dtype == DType::kBF16 ? SelectedKeysAnyKernel<__nv_bfloat16>
+                                                 : SelectedKeysAnyKernel<__half>;
+  kernel<<<grid, 32, 0, stream>>>(params, piece);
   return cudaGetLastError();
 }
 
-template <class T>
-cudaError_t LaunchQueries(const AttendSelectedBackwardParams& params, const SelectedPiece& piece,
-                          const Device&, cudaStream_t stream) {
+cudaError_t LaunchSelectedQueriesAny(const AttendSelectedBackwardParams& params,
+                                     const SelectedPiece& piece, const Device&,
+                                     cudaStream_t stream) {
   const dim3 grid(piece.num_queries, HeadTiles(params.dims));
-  SelectedQueriesAnyKernel<T><<<grid, 32, 0, stream>>>(params, piece);
+  const auto kernel = params.dims.dtype == DType::kBF16 ? SelectedQueriesAnyKernel<__nv_bfloat16>
+                                                        : SelectedQueriesAnyKernel<__half>;
+  kernel<<<grid, 32, 0, stream>>>(params, piece);
   return cudaGetLastError();
 }
-
-}  // namespace
 
 cudaError_t LaunchAttendSelectedBackwardAny(const AttendSelectedBackwardParams& params,
                                             const Device& device, cudaStream_t stream) {
-  return params.dims.dtype == DType::kBF16
-             ? LaunchSelectedBackward(params, device, LaunchKeys<__nv_bfloat16>,
-                                      LaunchQueries<__nv_bfloat16>, stream)
-             : LaunchSelectedBackward(params, device, LaunchKeys<__half>, LaunchQueries<__half>,
-                                      stream);
+  return LaunchSelectedBackward(params, device, LaunchSelectedKeysAny, LaunchSelectedQueriesAny,
+                                stream);
 }
 
 }  // namespace nsa::kernels::cuda

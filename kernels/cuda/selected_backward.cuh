@@ -108,11 +108,18 @@ __device__ inline float* SumsOf(const AttendSelectedBackwardParams& params,
              : piece.partials + item.partial * RecordValues(params.dims);
 }
 
-// Runs the steps above for all pieces; `launch_keys` enqueues step 2 but for the last sums, and
-// `launch_queries` step 3.
+// Steps 2, but for the last sums, and 3 of a piece.
 using LaunchPiece = cudaError_t (*)(const AttendSelectedBackwardParams& params,
                                     const SelectedPiece& piece, const Device& device,
                                     cudaStream_t stream);
+cudaError_t LaunchSelectedKeysAny(const AttendSelectedBackwardParams& params,
+                                  const SelectedPiece& piece, const Device& device,
+                                  cudaStream_t stream);
+cudaError_t LaunchSelectedQueriesAny(const AttendSelectedBackwardParams& params,
+                                     const SelectedPiece& piece, const Device& device,
+                                     cudaStream_t stream);
+
+// Runs all steps for all pieces.
 cudaError_t LaunchSelectedBackward(const AttendSelectedBackwardParams& params,
                                    const Device& device, LaunchPiece launch_keys,
                                    LaunchPiece launch_queries, cudaStream_t stream);
