@@ -150,12 +150,12 @@ __device__ void LoadTiles(const AttendSelectedBackwardParams& params, const Sele
       for (int32_t i = 0; i < kRows / 32; ++i) {
         const int32_t row = lane + i * 32;
         const int32_t query = row / rows.query_rows, head = row % rows.query_rows;
-        const bool exists = query < rows.queries_per_tile && first + query < item.count &&
-                            head < rows.group_size;
+        const bool exists =
+            query < rows.queries_per_tile && first + query < item.count && head < rows.group_size;
         const int32_t pick = exists ? first + query : first;
         const int32_t source = __shfl_sync(kFullWarp, lane_pick, pick - base);
-        const int64_t at = (piece.query_begin + source / n) * params.dims.num_q_heads +
-                           first_head + (exists ? head : 0);
+        const int64_t at = (piece.query_begin + source / n) * params.dims.num_q_heads + first_head +
+                           (exists ? head : 0);
         CopyAsyncSmall<4>(SharedAddress(&values.lse[row]), outputs.lse + at, exists);
         CopyAsyncSmall<4>(SharedAddress(&values.gate[row]), outputs.gate + at, exists);
         CopyAsyncSmall<4>(SharedAddress(&values.delta[row]), outputs.delta + at, exists);
@@ -372,8 +372,8 @@ class Consumer {
     constexpr int kDim = kSize * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float2* const row = reinterpret_cast<float2*>(
-                              to + (Warp() * 16 + Lane() / 4 + r * 8) * kDim) + Lane() % 4;
+      float2* const row =
+          reinterpret_cast<float2*>(to + (Warp() * 16 + Lane() / 4 + r * 8) * kDim) + Lane() % 4;
 #pragma unroll
       for (int j = 0; j < kDim / 8; ++j) {
         const float2 before = adds ? row[j * 4] : make_float2(0.0f, 0.0f);
@@ -387,8 +387,7 @@ class Consumer {
   __device__ void Finish(const BlockItem& item, int buffer) {
     static_assert(kDk == kDv, "K and V take the memory of either's sums");
     constexpr int kBarrier = 1;
-    float4* const memory =
-        reinterpret_cast<float4*>(shared_.memory + buffer * Sizes::kKvBytes);
+    float4* const memory = reinterpret_cast<float4*>(shared_.memory + buffer * Sizes::kKvBytes);
     float* const to = SumsOf(params_, piece_, item);
     SyncThreads(kBarrier, kConsumerThreads);  // K and V have been read
     if (Group() == 0) Give(dv_, memory);
@@ -501,7 +500,7 @@ cudaError_t LaunchAttendSelectedBackwardFast(const AttendSelectedBackwardParams&
   const bool is_bf16 = params.dims.dtype == DType::kBF16;
   return LaunchSelectedBackward(params, device,
                                 is_bf16 ? LaunchKeys<__nv_bfloat16> : LaunchKeys<__half>,
-                                LaunchSelectedQueriesAny, stream);
+                                LaunchSelectedQueriesFast, stream);
 }
 
 }  // namespace nsa::kernels::cuda

@@ -1,11 +1,10 @@
 // The backward of the selected attention but for its arithmetic: pieces, and the lists of blocks
 // inverted.
-#include "kernels/cuda/selected_backward.cuh"
-
 #include <algorithm>
 
 #include "kernels/cuda/cta_scan.cuh"
 #include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/selected_backward.cuh"
 
 namespace nsa::kernels::cuda {
 namespace {
@@ -103,9 +102,8 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t* const masks = piece.masks + blockIdx.x * params.num_blocks;
   for (int64_t i = threadIdx.x; i < params.num_blocks; i += kThreads) counts[i] = masks[i] = 0;
   __syncthreads();
-  ForEachPick(
-      params, piece, blockIdx.x * kChunkQueries, ChunkEnd(piece),
-      [&](int32_t, int32_t, int64_t block, int32_t) { atomicAdd(counts + block, 1); });
+  ForEachPick(params, piece, blockIdx.x * kChunkQueries, ChunkEnd(piece),
+              [&](int32_t, int32_t, int64_t block, int32_t) { atomicAdd(counts + block, 1); });
 }
 
 // Grid: covers the blocks; a thread owns a column of `before`.
@@ -153,9 +151,9 @@ __global__ void __launch_bounds__(kPlanThreads)
       piece.begins[block] = my_begin;
       const int32_t number = static_cast<int32_t>(block);
       for (int32_t i = 0; i < my_items; ++i) {
-        piece.items[i < my_whole ? to_whole + i : to_rest] = {
-            number, my_begin + i * kItemPicks, i < my_whole ? kItemPicks : my_rest,
-            my_items > 1 ? to_partial + i : -1};
+        piece.items[i < my_whole ? to_whole + i : to_rest] = {number, my_begin + i * kItemPicks,
+                                                              i < my_whole ? kItemPicks : my_rest,
+                                                              my_items > 1 ? to_partial + i : -1};
       }
       if (my_items > 1) piece.splits[to_split] = {number, to_partial, my_items};
     }
@@ -181,19 +179,17 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t chunk_end = ChunkEnd(piece);
   for (int32_t first = blockIdx.x * kChunkQueries; first < chunk_end; first += kGroupQueries) {
     const int32_t end = min(first + kGroupQueries, chunk_end);
-    ForEachPick(params, piece, first, end,
-                [&](int32_t query, int32_t, int64_t block, int32_t) {
-                  atomicOr(masks + block, 1u << (query - first));
-                });
+    ForEachPick(params, piece, first, end, [&](int32_t query, int32_t, int64_t block, int32_t) {
+      atomicOr(masks + block, 1u << (query - first));
+    });
     __syncthreads();
-    ForEachPick(params, piece, first, end,
-                [&](int32_t query, int32_t i, int64_t block, int32_t num_visible) {
-                  const uint32_t earlier =
-                      LoadChanged(masks + block) & ((1u << (query - first)) - 1);
-                  const int32_t place =
-                      piece.begins[block] + LoadChanged(before + block) + __popc(earlier);
-                  piece.picks[place] = {query * params.dims.num_selected_blocks + i, num_visible};
-                });
+    ForEachPick(
+        params, piece, first, end,
+        [&](int32_t query, int32_t i, int64_t block, int32_t num_visible) {
+          const uint32_t earlier = LoadChanged(masks + block) & ((1u << (query - first)) - 1);
+          const int32_t place = piece.begins[block] + LoadChanged(before + block) + __popc(earlier);
+          piece.picks[place] = {query * params.dims.num_selected_blocks + i, num_visible};
+        });
     __syncthreads();
     // The first query of those that picked a block moves it on.
     ForEachPick(params, piece, first, end, [&](int32_t query, int32_t, int64_t block, int32_t) {
@@ -236,9 +232,8 @@ cudaError_t ClearGradients(const AttendSelectedBackwardParams& params, cudaStrea
   if (!params.adds_to_own && params.num_own_records > 0) {
     const int64_t head_values =
         params.num_own_records / params.dims.num_kv_heads * RecordValues(params.dims);
-    const cudaError_t error =
-        cudaMemsetAsync(params.own_gradients + heads.begin * head_values, 0,
-                        heads.size() * head_values * sizeof(float), stream);
+    const cudaError_t error = cudaMemsetAsync(params.own_gradients + heads.begin * head_values, 0,
+                                              heads.size() * head_values * sizeof(float), stream);
     if (error != cudaSuccess) return error;
   }
   if (params.num_blocks > 0 && heads.size() > 0) {
@@ -256,9 +251,9 @@ int64_t SelectedBackwardScratchBytes(const AttentionDims& dims, const BackwardLi
                      nullptr, &piece);
 }
 
-cudaError_t LaunchSelectedBackward(const AttendSelectedBackwardParams& params,
-                                   const Device& device, LaunchPiece launch_keys,
-                                   LaunchPiece launch_queries, cudaStream_t stream) {
+cudaError_t LaunchSelectedBackward(const AttendSelectedBackwardParams& params, const Device& device,
+                                   LaunchPiece launch_keys, LaunchPiece launch_queries,
+                                   cudaStream_t stream) {
   cudaError_t error = ClearGradients(params, stream);
   if (error != cudaSuccess) return error;
   const int64_t piece_queries = PieceQueries(params.dims), num_blocks = params.num_blocks;
@@ -268,8 +263,7 @@ cudaError_t LaunchSelectedBackward(const AttendSelectedBackwardParams& params,
       SelectedPiece piece{};
       piece.kv_head = head;
       piece.query_begin = begin;
-      piece.num_queries =
-          static_cast<int32_t>(std::min(piece_queries, params.query_end - begin));
+      piece.num_queries = static_cast<int32_t>(std::min(piece_queries, params.query_end - begin));
       PlaceArrays(params.dims, num_blocks, piece.num_queries, static_cast<char*>(params.scratch),
                   &piece);
       CountPicks<<<piece.num_chunks, kThreads, 0, stream>>>(params, piece);
