@@ -6,8 +6,8 @@
 //   S^T = K q^T and dP^T = V dO^T, 64 keys x 64 rows, then P and dS, which as accumulators are
 //   operands as they are: dV += (g P)^T dO, dK += dS^T q.
 // In the end one of them gets the other's dV and one the other's dK, through the memory of K and V.
-// Of the last warpgroup, one warp has the copy engine fill the ring, and two bring K and V from the
-// order of records to that of wgmma, for the next item while consumers work on one.
+// Of the last warpgroup, two warps fill the ring, one by the copy engine, and two bring K and V
+// from the order of records to that of wgmma, for the next item while consumers work on one.
 //
 // Shared memory: kKvBuffers of K and V, panels of 64 dimensions; kSlots of q and dO, likewise; per
 // slot lse, gate, delta and pick of each row; barriers.
@@ -30,8 +30,8 @@ constexpr int kConsumers = 2;
 constexpr int kConsumerThreads = kConsumers * 128;
 constexpr int kThreads = kConsumerThreads + 128;
 constexpr int kPackThreads = 64;  // that bring K and V
-constexpr int kConsumerRegisters = 224;
-constexpr int kProducerRegisters = 56;
+constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 40;
 constexpr int kPanelBytes = 64 * 128;
 constexpr int kKvBuffers = 2;
 constexpr int kSlots = 4;  // what the shared memory has room for beside two blocks of 128 + 128
@@ -106,65 +106,121 @@ struct RingPlace {
   }
 };
 
-// The warp that fills the ring.
-template <int kDk, int kDv>
-__device__ void LoadTiles(const AttendSelectedBackwardParams& params, const SelectedPiece& piece,
-                          const TensorMaps& maps, const Shared<Shape<kDk, kDv>>& shared) {
-  constexpr int kPanels = (kDk + kDv) / 64;
-  const int32_t lane = threadIdx.x % 32, n = params.dims.num_selected_blocks;
-  const TileRows rows(params.dims);
-  const int32_t num_boxes = rows.queries_per_tile * kPanels;
-  const int32_t first_head = piece.kv_head * rows.group_size;
-  const OutputGradients& outputs = params.outputs;
+// The picks of an item, 32 at a time, in the lanes of a warp.
+class PickCursor {
+ public:
+  __device__ PickCursor(const AttendSelectedBackwardParams& params, const SelectedPiece& piece,
+                        const BlockItem& item)
+      : picks_(piece.picks + item.begin),
+        count_(item.count),
+        list_(params.dims.num_selected_blocks),
+        first_query_(static_cast<int32_t>(piece.query_begin)) {}
+
+  // Makes picks [first, first + count) known, count a divisor of 32.
+  __device__ void MoveTo(int32_t first) {
+    if (first % 32 != 0) return;
+    base_ = first;
+    lane_query_ =
+        first_query_ +
+        picks_[min(first + static_cast<int32_t>(threadIdx.x % 32), count_ - 1)].index / list_;
+  }
+  // The query of a pick, of the item's last one where there is none.
+  __device__ int32_t QueryOf(int32_t pick) const {
+    return __shfl_sync(kFullWarp, lane_query_, pick - base_);
+  }
+  __device__ const BlockPick* at(int32_t pick) const { return picks_ + pick; }
+
+ private:
+  const BlockPick* const picks_;
+  const int32_t count_, list_, first_query_;
+  int32_t base_ = 0;
+  int32_t lane_query_ = 0;
+};
+
+// Calls visit(cursor, item, first pick, place) for each tile. All lanes of a warp.
+template <class Visit>
+__device__ void ForEachTile(const AttendSelectedBackwardParams& params, const SelectedPiece& piece,
+                            const TileRows& rows, const Visit& visit) {
   RingPlace<kSlots> place;
   const int32_t num_items = piece.num_items->items;
   for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
     const BlockItem item = piece.items[index];
-    const BlockPick* const picks = piece.picks + item.begin;
-    int32_t lane_pick = 0;  // pick base + lane of the item
-    for (int32_t first = 0, base = -32; first < item.count; first += rows.queries_per_tile) {
-      if (first + rows.queries_per_tile > base + 32) {
-        base = first;
-        lane_pick = picks[min(base + lane, item.count - 1)].index;
-      }
-      BarrierWait(shared.Empty(place.slot), place.parity ^ 1);
-      const uint32_t full = shared.Full(place.slot);
-      if (lane == 0) {
-        BarrierArriveExpectBytes(full, rows.queries_per_tile * rows.group_size * (kDk + kDv) * 2);
-      }
-      __syncwarp();
-#pragma unroll 1
-      for (int32_t box = lane; box < (num_boxes + 31) / 32 * 32; box += 32) {
-        // A tile's queries that do not exist are its last one once more, and count for nothing.
-        const int32_t query = box / kPanels, panel = box % kPanels;
-        const int32_t source = min(min(first + query, item.count - 1) - base, 31);
-        const int64_t row = piece.query_begin + __shfl_sync(kFullWarp, lane_pick, source) / n;
-        if (box >= num_boxes) continue;
-        const bool is_q = panel < kDk / 64;
-        TensorCopy(shared.Q(place.slot) + panel * kPanelBytes + query * rows.query_rows * 128,
-                   is_q ? &maps.q : &maps.d_o, (is_q ? panel : panel - kDk / 64) * 64, first_head,
-                   static_cast<int32_t>(row), full);
-      }
-      RowValues& values = shared.Rows(place.slot);
-#pragma unroll
-      for (int32_t i = 0; i < kRows / 32; ++i) {
-        const int32_t row = lane + i * 32;
-        const int32_t query = row / rows.query_rows, head = row % rows.query_rows;
-        const bool exists =
-            query < rows.queries_per_tile && first + query < item.count && head < rows.group_size;
-        const int32_t pick = exists ? first + query : first;
-        const int32_t source = __shfl_sync(kFullWarp, lane_pick, pick - base);
-        const int64_t at = (piece.query_begin + source / n) * params.dims.num_q_heads + first_head +
-                           (exists ? head : 0);
-        CopyAsyncSmall<4>(SharedAddress(&values.lse[row]), outputs.lse + at, exists);
-        CopyAsyncSmall<4>(SharedAddress(&values.gate[row]), outputs.gate + at, exists);
-        CopyAsyncSmall<4>(SharedAddress(&values.delta[row]), outputs.delta + at, exists);
-        CopyAsyncSmall<8>(SharedAddress(&values.pick[row]), picks + pick, exists);
-      }
-      BarrierArriveAfterCopies(full);
+    PickCursor cursor(params, piece, item);
+    for (int32_t first = 0; first < item.count; first += rows.queries_per_tile) {
+      cursor.MoveTo(first);
+      visit(cursor, item, first, place);
       place.Advance();
     }
   }
+}
+
+// The warp that has the copy engine bring q and dO. Each lane asks for one box of a tile. A tile's
+// queries that do not exist are the item's last one once more, and count for nothing.
+template <int kDk, int kDv>
+__device__ void LoadTiles(const AttendSelectedBackwardParams& params, const SelectedPiece& piece,
+                          const TensorMaps& maps, const Shared<Shape<kDk, kDv>>& shared) {
+  constexpr int kPanels = (kDk + kDv) / 64;
+  const TileRows rows(params.dims);
+  const int32_t lane = threadIdx.x % 32, panel = lane % kPanels;
+  const bool has_box = lane < rows.queries_per_tile * kPanels;
+  const int32_t query = has_box ? lane / kPanels : 0;
+  const bool is_q = panel < kDk / 64;
+  const CUtensorMap* const map = is_q ? &maps.q : &maps.d_o;
+  const int32_t column = (is_q ? panel : panel - kDk / 64) * 64;
+  const int32_t first_head = piece.kv_head * rows.group_size;
+  const uint32_t place_in_slot = panel * kPanelBytes + query * rows.query_rows * 128;
+  const uint32_t tile_bytes = rows.queries_per_tile * rows.group_size * (kDk + kDv) * 2;
+  ForEachTile(params, piece, rows,
+              [&](const PickCursor& cursor, const BlockItem&, int32_t first,
+                  const RingPlace<kSlots>& place) {
+                const int32_t row = cursor.QueryOf(first + query);
+                const uint32_t full = shared.Full(place.slot);
+                BarrierWait(shared.Empty(place.slot), place.parity ^ 1);
+                if (lane == 0) BarrierArriveExpectBytes(full, tile_bytes);
+                __syncwarp();
+                if (has_box) {
+                  TensorCopy(shared.Q(place.slot) + place_in_slot, map, column, first_head, row,
+                             full);
+                }
+              });
+}
+
+// The warp that brings lse, gate, delta and pick of each row.
+template <int kDk, int kDv>
+__device__ void LoadRowValues(const AttendSelectedBackwardParams& params,
+                              const SelectedPiece& piece, const Shared<Shape<kDk, kDv>>& shared) {
+  const TileRows rows(params.dims);
+  const OutputGradients& outputs = params.outputs;
+  constexpr int kLaneRows = kRows / 32;
+  int32_t query[kLaneRows], head[kLaneRows];
+  bool exists[kLaneRows];
+#pragma unroll
+  for (int32_t i = 0; i < kLaneRows; ++i) {
+    const int32_t row = threadIdx.x % 32 + i * 32, in_query = row % rows.query_rows;
+    query[i] = row / rows.query_rows;
+    exists[i] = query[i] < rows.queries_per_tile && in_query < rows.group_size;
+    if (!exists[i]) query[i] = 0;
+    head[i] = piece.kv_head * rows.group_size + (exists[i] ? in_query : 0);
+  }
+  ForEachTile(params, piece, rows,
+              [&](const PickCursor& cursor, const BlockItem& item, int32_t first,
+                  const RingPlace<kSlots>& place) {
+                BarrierWait(shared.Empty(place.slot), place.parity ^ 1);
+                RowValues& values = shared.Rows(place.slot);
+#pragma unroll
+                for (int32_t i = 0; i < kLaneRows; ++i) {
+                  const int32_t row = threadIdx.x % 32 + i * 32;
+                  const int32_t pick = min(first + query[i], item.count - 1);
+                  const bool copy = exists[i] && first + query[i] < item.count;
+                  const int64_t at =
+                      int64_t{cursor.QueryOf(pick)} * params.dims.num_q_heads + head[i];
+                  CopyAsyncSmall<4>(SharedAddress(&values.lse[row]), outputs.lse + at, copy);
+                  CopyAsyncSmall<4>(SharedAddress(&values.gate[row]), outputs.gate + at, copy);
+                  CopyAsyncSmall<4>(SharedAddress(&values.delta[row]), outputs.delta + at, copy);
+                  CopyAsyncSmall<8>(SharedAddress(&values.pick[row]), cursor.at(pick), copy);
+                }
+                BarrierArriveAfterCopies(shared.Full(place.slot));
+              });
 }
 
 // From the order of a record to panels; `thread` of kPackThreads.
@@ -224,7 +280,8 @@ class Consumer {
       : params_(params),
         piece_(piece),
         shared_(shared),
-        scale_log2_(params.dims.softmax_scale * kLog2E) {}
+        scale_log2_(params.dims.softmax_scale * kLog2E),
+        head_tiles_(HeadTiles(params.dims)) {}
 
   __device__ void Run() {
     const TileRows rows(params_.dims);
@@ -335,13 +392,16 @@ class Consumer {
   }
 
   __device__ void StoreDs(const RowValues& values, const uint32_t (&ds)[16]) const {
-    const int32_t head_tiles = HeadTiles(params_.dims);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const BlockPick pick = values.pick[k * kFragmentRows / (head_tiles * kFragmentRows) *
-                                         (head_tiles * kFragmentRows)];
+      // The first fragment of the query that fragment k is of.
+      const int first = head_tiles_ == 1   ? k
+                        : head_tiles_ == 2 ? k / 2 * 2
+                        : head_tiles_ == 3 ? k / 3 * 3
+                                           : 0;
+      const BlockPick pick = values.pick[first * kFragmentRows];
       const int64_t fragment =
-          (int64_t{pick.index} * head_tiles + k % head_tiles) * (kKeys / kFragmentRows) + Warp();
+          (int64_t{pick.index} * head_tiles_ + k - first) * (kKeys / kFragmentRows) + Warp();
       if (pick.num_visible == 0) continue;
       piece_.ds[fragment * 32 + Lane()] =
           make_uint4(ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3]);
@@ -410,6 +470,7 @@ class Consumer {
   const SelectedPiece& piece_;
   const Shared<Sizes> shared_;
   const float scale_log2_;
+  const int32_t head_tiles_;
   float dk_[kDk / 2];
   float dv_[kDv / 2];
 };
@@ -444,6 +505,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp >= 0) {
     LowerRegisters<kProducerRegisters>();
     if (warp == 0) LoadTiles<kDk, kDv>(params, piece, maps, shared);
+    if (warp == 1) LoadRowValues<kDk, kDv>(params, piece, shared);
     if (warp >= 2) {
       LoadBlocks<kDk, kDv>(params, piece, shared, threadIdx.x - (kThreads - kPackThreads));
     }

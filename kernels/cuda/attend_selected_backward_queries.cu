@@ -1,8 +1,8 @@
 // dq of the selected attention on Hopper: step 3 of selected_backward.cuh, for blocks of 64 tokens.
 //
 // Tiles, warps and the ring are those of the forward (attend_selected.cuh), but slots hold keys
-// alone. A warp owns 16 heads of a query, and takes its picks in ascending order: dq += dS K, with dS
-// of the next pick on its way.
+// alone. A warp owns 16 heads of a query, and takes its picks in ascending order: dq += dS K, with
+// dS of the next pick on its way.
 #include "kernels/cuda/attend_selected.cuh"
 #include "kernels/cuda/selected_backward.cuh"
 
@@ -20,9 +20,11 @@ class GradientRows {
   __device__ void Load(const WarpRows& rows) {
     if (rows.num_heads == 0) return;
     const int64_t query = rows.row - piece_.query_begin;
-    from_ = piece_.ds + (query * params_.dims.num_selected_blocks * PickFragments(params_.dims) +
-                         HeadTile(rows) * kFragments) *
-                            32 + threadIdx.x % 32;
+    from_ = piece_.ds +
+            (query * params_.dims.num_selected_blocks * PickFragments(params_.dims) +
+             HeadTile(rows) * kFragments) *
+                32 +
+            threadIdx.x % 32;
     pick_ = 0;
     LoadPick();
   }

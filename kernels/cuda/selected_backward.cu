@@ -9,7 +9,7 @@
 namespace nsa::kernels::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kPlanThreads = 1024;
 constexpr int kSumThreads = 256;
@@ -112,12 +112,18 @@ __global__ void __launch_bounds__(kSumThreads)
   const int64_t block = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
   if (block >= num_blocks) return;
   int32_t sum = 0;
-#pragma unroll 8
-  for (int32_t chunk = 0; chunk < piece.num_chunks; ++chunk) {
-    int32_t& place = piece.before[chunk * num_blocks + block];
-    const int32_t count = place;
-    place = sum;
-    sum += count;
+  constexpr int kAtOnce = 16;
+  for (int32_t first = 0; first < piece.num_chunks; first += kAtOnce) {
+    int32_t counts[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      counts[i] = first + i < piece.num_chunks ? piece.before[(first + i) * num_blocks + block] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < piece.num_chunks) piece.before[(first + i) * num_blocks + block] = sum;
+      sum += counts[i];
+    }
   }
   piece.counts[block] = sum;
 }
@@ -216,7 +222,7 @@ __global__ void __launch_bounds__(kSumThreads)
     float4* const to = reinterpret_cast<float4*>(
         GradientsAt(params, LocationOf(params, piece.kv_head, split.block)) + place);
     float4 sum = *to;
-#pragma unroll 4
+#pragma unroll 16
     for (int32_t i = 0; i < split.count; ++i) {
       const float4 value = *reinterpret_cast<const float4*>(
           piece.partials + (split.first + i) * record_values + place);

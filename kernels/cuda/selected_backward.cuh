@@ -53,7 +53,7 @@ struct ItemCounts {
 // More picks an item: fewer partial sums; fewer: less that the last items keep waiting for.
 constexpr int kItemPicks = 256;
 // Queries whose picks a CTA counts and sorts.
-constexpr int kChunkQueries = 256;
+constexpr int kChunkQueries = 128;
 
 // The queries [query_begin, query_begin + num_queries) of one kv head, and its part of the scratch.
 struct SelectedPiece {
