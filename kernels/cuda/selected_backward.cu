@@ -17,7 +17,7 @@ constexpr int kGroupQueries = 32;  // bits of a mask
 
 // dS of a piece is the larger part of the scratch. More of it means fewer, longer launches; less,
 // that q and dO of a piece stay in the L2.
-constexpr int64_t kPieceBytes = int64_t{512} << 20;
+constexpr int64_t kPieceBytes = int64_t{1} << 30;
 
 int64_t PieceQueries(const AttentionDims& dims) {
   const int64_t query_bytes = int64_t{dims.num_selected_blocks} * PickFragments(dims) * 512;
