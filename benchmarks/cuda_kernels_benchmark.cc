@@ -113,8 +113,11 @@ class Stages {
     alone_ = Deal(1);
     of_four_ = Deal(4);
     NSA_BENCHMARK_OK(status_);
-    for (auto stage : {&Stages::Compress, &Stages::Pack, &Stages::AttendWindow,
-                       &Stages::ScoreAndSelect, &Stages::PlanFetch, &Stages::AttendSelected}) {
+    PrepareBackward();
+    NSA_BENCHMARK_OK(status_);
+    for (auto stage :
+         {&Stages::Compress, &Stages::Pack, &Stages::AttendWindow, &Stages::ScoreAndSelect,
+          &Stages::PlanFetch, &Stages::AttendSelected, &Stages::GateBackward}) {
       NSA_BENCHMARK_OK((this->*stage)());
     }
     return absl::OkStatus();
@@ -203,8 +206,8 @@ class Stages {
                                      .own_records = records_,
                                      .num_own_records = num_slc_ * dims_.num_kv_heads,
                                      .slots = nullptr,
-                                     .o_slc = {},
-                                     .lse_slc = nullptr,
+                                     .o_slc = o_slc_,
+                                     .lse_slc = lse_slc_,
                                      .gate = {.gate = gate_.data,
                                               .gate_dtype = DType::kBF16,
                                               .row_stride = gate_.row_stride,
@@ -215,10 +218,123 @@ class Stages {
                                     stream_);
   }
   Work AttendSelectedWork() const {
-    return {PairFlops() * selected_pairs_, QBytes() + KvBytes() + 3 * OBytes() + ListBytes()};
+    return {PairFlops() * selected_pairs_, QBytes() + KvBytes() + 4 * OBytes() + ListBytes()};
   }
 
+  absl::Status GateBackward() {
+    return kernels_->GateBackward({.dims = dims_,
+                                   .num_tokens = num_tokens_,
+                                   .gate = gate_.data,
+                                   .gate_dtype = DType::kBF16,
+                                   .row_stride = gate_.row_stride,
+                                   .head_stride = gate_.head_stride,
+                                   .d_o = d_o_,
+                                   .o_cmp = ReadOnly(o_cmp_),
+                                   .o_slc = ReadOnly(o_slc_),
+                                   .o_win = ReadOnly(o_win_),
+                                   .d_gate = d_gate_,
+                                   .gates = gates_,
+                                   .deltas = deltas_},
+                                  stream_);
+  }
+  Work GateBackwardWork() const {
+    return {0, 4 * OBytes() + (2.0 + 3 * 4) * 3 * num_tokens_ * dims_.num_q_heads};
+  }
+
+  absl::Status AttendSelectedBackward() {
+    const int64_t num_rows = num_tokens_ * dims_.num_q_heads;
+    return kernels_->AttendSelectedBackward({.dims = dims_,
+                                             .queries = Queries(),
+                                             .query_begin = 0,
+                                             .query_end = num_tokens_,
+                                             .block_indices = drawn_,
+                                             .locations = alone_.locations,
+                                             .num_blocks = num_slc_,
+                                             .num_documents = 1,
+                                             .own_records = records_,
+                                             .num_own_records = num_slc_ * dims_.num_kv_heads,
+                                             .slots = nullptr,
+                                             .outputs = {.d_o = d_o_,
+                                                         .lse = lse_slc_,
+                                                         .gate = gates_ + num_rows,
+                                                         .delta = deltas_ + num_rows},
+                                             .queries_gradients = {.dq = dq_, .adds = false},
+                                             .own_gradients = record_gradients_,
+                                             .adds_to_own = false,
+                                             .slot_gradients = nullptr,
+                                             .scratch = backward_scratch_},
+                                            stream_);
+  }
+  // Five products where the forward has two.
+  Work AttendSelectedBackwardWork() const {
+    const double flops = 2.0 * dims_.num_q_heads * (3 * dims_.head_dim_qk + 2 * dims_.head_dim_v);
+    return {flops * selected_pairs_, 3 * QBytes() + OBytes() + 3 * KvBytes() + ListBytes()};
+  }
+
+  absl::Status CompressBackward() {
+    NSA_BENCHMARK_OK(CompressBackwardOf(dims_.head_dim_qk, k_, dk_, d_summaries_));
+    return CompressBackwardOf(dims_.head_dim_v, v_, dv_,
+                              d_summaries_ + dims_.num_kv_heads * dims_.head_dim_qk);
+  }
+  Work CompressBackwardWork() const {
+    return {0, 2 * KvBytes() * (1 + 1.0 / dims_.compress_stride_tokens)};
+  }
+
+  absl::Status UnpackGradients() {
+    return kernels_->UnpackGradients({.dims = dims_,
+                                      .record_gradients = record_gradients_,
+                                      .segments = segments_,
+                                      .num_segments = 1,
+                                      .documents = documents_,
+                                      .runs = slc_runs_,
+                                      .num_runs = 1,
+                                      .num_blocks = num_slc_,
+                                      .dk = {dk_, nullptr, true},
+                                      .dv = {dv_, nullptr, true}},
+                                     stream_);
+  }
+  Work UnpackGradientsWork() const { return {0, 6 * KvBytes()}; }
+
  private:
+  void PrepareBackward() {
+    const int64_t hq = dims_.num_q_heads, hkv = dims_.num_kv_heads;
+    const int64_t dk = dims_.head_dim_qk, dv = dims_.head_dim_v;
+    const auto floats = [&](int64_t count) { return static_cast<float*>(Memory(count * 4)); };
+    d_o_ = Normal(num_tokens_, hq, dv);
+    o_slc_ = Empty(num_tokens_, hq, dv);
+    lse_slc_ = floats(num_tokens_ * hq);
+    d_gate_ = floats(num_tokens_ * hq * 3);
+    gates_ = floats(num_tokens_ * hq * 3);
+    deltas_ = floats(num_tokens_ * hq * 3);
+    dq_ = floats(num_tokens_ * hq * dk);
+    dk_ = floats(num_tokens_ * hkv * dk);
+    dv_ = floats(num_tokens_ * hkv * dv);
+    record_gradients_ = floats(num_tokens_ * hkv * (dk + dv));
+    d_summaries_ = floats(num_cmp_ * hkv * (dk + dv));
+    backward_scratch_ = Memory(kernels_->SelectedBackwardScratchBytes(
+        dims_, {num_tokens_, 1, dims_.num_kv_heads, num_cmp_, num_slc_, num_slc_ * hkv, 1}));
+  }
+
+  absl::Status CompressBackwardOf(int32_t head_dim, const TokenRows& tokens, float* d_tokens,
+                                  const float* d_summaries) {
+    return kernels_->CompressBackward(
+        {.dims = dims_,
+         .head_dim = head_dim,
+         .compressor = Compressor::kMean,
+         .weights = {},
+         .tokens = tokens,
+         .documents = documents_,
+         .runs = cmp_runs_,
+         .num_runs = 1,
+         .num_blocks = num_cmp_,
+         .d_summaries = d_summaries,
+         .d_summaries_stride = dims_.num_kv_heads * (dims_.head_dim_qk + dims_.head_dim_v),
+         .d_tokens = {d_tokens, nullptr, false},
+         .d_weights = {},
+         .scratch = nullptr},
+        stream_);
+  }
+
   // The first error is kept, and nothing enqueued after it.
   void* Memory(int64_t num_bytes) {
     auto memory = kernels_->Allocate(num_bytes);
@@ -332,6 +448,13 @@ class Stages {
   double selected_pairs_ = 0;
   int64_t* counters_ = nullptr;
   Fetch alone_, of_four_;
+
+  ConstTensor3 d_o_;
+  Tensor3 o_slc_;
+  float *lse_slc_ = nullptr, *d_gate_ = nullptr, *gates_ = nullptr, *deltas_ = nullptr;
+  float *dq_ = nullptr, *dk_ = nullptr, *dv_ = nullptr;
+  float *record_gradients_ = nullptr, *d_summaries_ = nullptr;
+  void* backward_scratch_ = nullptr;
 };
 
 struct Row {
@@ -350,6 +473,13 @@ constexpr Row kRows[] = {
     {"attend_selected/random_lists", &Stages::AttendSelected, &Stages::AttendSelectedWork},
     {"attend_selected/pool_of_20_for_32_queries", &Stages::AttendSelected,
      &Stages::AttendSelectedWork, 20},
+    {"gate_backward", &Stages::GateBackward, &Stages::GateBackwardWork},
+    {"attend_selected_backward/random_lists", &Stages::AttendSelectedBackward,
+     &Stages::AttendSelectedBackwardWork},
+    {"attend_selected_backward/pool_of_20_for_32_queries", &Stages::AttendSelectedBackward,
+     &Stages::AttendSelectedBackwardWork, 20},
+    {"compress_backward_k_and_v", &Stages::CompressBackward, &Stages::CompressBackwardWork},
+    {"unpack_gradients", &Stages::UnpackGradients, &Stages::UnpackGradientsWork},
 };
 
 absl::Status Measure(benchmark::State& state, const Row& row) {
@@ -396,7 +526,9 @@ int main(int argc, char** argv) {
                                  })
         ->ArgNames({"tokens", "dk", "dv"})
         ->Args({8 << 10, 128, 128})
+        ->Args({16 << 10, 128, 128})
         ->Args({64 << 10, 128, 128})
+        ->Args({128 << 10, 128, 128})
         ->Args({64 << 10, 192, 128})
         ->Iterations(nsa::benchmarks::kRuns)
         ->UseManualTime()

@@ -46,9 +46,9 @@ struct SelectedGeometry {
   int32_t num_row_tiles;
   int32_t num_tiles;         // kv heads of the call * num_row_tiles * parts_per_query
   int32_t chunks_per_block;  // of at most kTileKeys tokens; a slot holds one
+  int32_t value_bytes;       // of a token; 0 where only keys are read
   int32_t num_slots;
   int32_t slot_bytes;
-  int32_t q_bytes;  // of all warps' SharedQ
   int32_t shared_bytes;
 };
 
@@ -76,18 +76,16 @@ struct ListEntry {
   int32_t location;  // record
 };
 
-// Slots first, aligned for the copy engine; then q, batches, lists and barriers.
+// Slots first, aligned for the copy engine; then batches, lists and barriers.
 struct SelectedShared {
   char* slots;
-  uint4* q;
   Batch* batches;    // [kNumBatches]
   ListEntry* lists;  // [kMaxTileQueries][kListEntries]
   uint32_t barriers;
 
   __device__ SelectedShared(char* memory, const SelectedGeometry& geometry) {
     slots = memory;
-    q = reinterpret_cast<uint4*>(slots + geometry.num_slots * geometry.slot_bytes);
-    batches = reinterpret_cast<Batch*>(reinterpret_cast<char*>(q) + geometry.q_bytes);
+    batches = reinterpret_cast<Batch*>(slots + geometry.num_slots * geometry.slot_bytes);
     lists = reinterpret_cast<ListEntry*>(batches + kNumBatches);
     barriers = SharedAddress(lists + kMaxTileQueries * kListEntries);
   }
@@ -244,17 +242,18 @@ __device__ inline void PrefetchTile(const AttendSelectedParams& params,
                (row * gate.row_stride + first_head * gate.head_stride) * SizeOf(gate.gate_dtype));
 }
 
-// The warp that writes batches.
+// The warp that writes batches. prefetch(tile) brings to the L2 what consumers read of its queries.
+template <class Prefetch>
 __device__ inline void ScoutSelected(const AttendSelectedParams& params,
-                                     const SelectedGeometry& geometry,
-                                     const SelectedShared& shared) {
+                                     const SelectedGeometry& geometry, const SelectedShared& shared,
+                                     const Prefetch& prefetch) {
   const int32_t lane = threadIdx.x % 32;
   // Of warp `lane`; there is no query 31.
   const int32_t query = lane < kConsumerWarps ? lane / geometry.warps_per_query : 31;
   RingPlace batch_place, slot_place;
   for (int32_t index = blockIdx.x; index < geometry.num_tiles; index += gridDim.x) {
     const SelectedTile tile(params, geometry, index);
-    PrefetchTile(params, geometry, tile);
+    prefetch(tile);
     MergedLists lists(params, geometry, tile, shared.lists);
     int32_t block = lists.Lowest(), location = 0, chunk = 0;
     uint32_t wanted_by = 0;
@@ -296,7 +295,7 @@ __device__ inline void LoadSelected(const AttendSelectedParams& params,
                                     const SelectedShared& shared) {
   const AttentionDims& dims = params.dims;
   const int64_t record_bytes = RecordBytes(dims);
-  const int32_t k_token_bytes = dims.head_dim_qk * 2, v_token_bytes = dims.head_dim_v * 2;
+  const int32_t k_token_bytes = dims.head_dim_qk * 2, v_token_bytes = geometry.value_bytes;
   RingPlace batch_place, slot_place;
   uint32_t record = 0;
   for (int32_t index = blockIdx.x; index < geometry.num_tiles; index += gridDim.x) {
@@ -438,23 +437,23 @@ __device__ inline void StoreGated(const AttendSelectedParams& params, const Warp
   }
 }
 
-// kBlockTokens: l' when it is one chunk of kTileKeys, else 0.
-template <class T, int kDv, int kBlockTokens, class Q>
+// The eight warps. kBlockTokens: l' when it is one chunk of kTileKeys, else 0. `work` is what they
+// do: Load begins to load what it needs of rows, Begin waits for it, Attend takes a chunk of a
+// block of which the query sees `num_visible` tokens, and End stores what has become of the rows.
+template <int kBlockTokens, class Work>
 __device__ inline void ConsumeSelected(const AttendSelectedParams& params,
                                        const SelectedGeometry& geometry,
-                                       const SelectedShared& shared, Q& q) {
+                                       const SelectedShared& shared, Work& work) {
   const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const AttentionDims& dims = params.dims;
   const int32_t query = min(warp / geometry.warps_per_query, geometry.queries_per_tile - 1);
   const int32_t block_tokens = kBlockTokens != 0 ? kBlockTokens : dims.select_block_tokens;
-  WarpAttention<T, kDv> attention(dims.softmax_scale * 1.4426950408889634f);
   RingPlace place;
   uint32_t record = 0;  // the first of the batch
-  LoadQ(params, WarpRows(params, geometry, blockIdx.x, warp), q);
+  work.Load(WarpRows(params, geometry, blockIdx.x, warp));
   for (int32_t index = blockIdx.x; index < geometry.num_tiles; index += gridDim.x) {
     const WarpRows rows(params, geometry, index, warp);
-    q.WaitUntilLoaded();
-    attention.Reset();
+    work.Begin();
     bool is_last = false, exists = false;
     while (!is_last) {
       BarrierWait(shared.Written(place.slot), place.parity);
@@ -475,13 +474,7 @@ __device__ inline void ConsumeSelected(const AttendSelectedParams& params,
           const int64_t num_visible =
               batch.end_token[query] - int64_t{note.block} * block_tokens - note.chunk * kTileKeys;
           const uint32_t k = SharedAddress(shared.slots + note.slot * geometry.slot_bytes);
-          const uint32_t v = k + width * dims.head_dim_qk * 2;
-          if (num_visible >= width) {
-            attention.template Attend<kBlockTokens, false>(q, k, v, width, {});
-          } else if (num_visible > 0) {
-            const int32_t end = static_cast<int32_t>(num_visible);
-            attention.template Attend<kBlockTokens, true>(q, k, v, width, {{0, 0}, {end, end}});
-          }
+          work.Attend(note, k, width, num_visible);
         }
         __syncwarp();
         if (lane == 0) BarrierArrive(shared.Empty(note.slot));
@@ -492,18 +485,46 @@ __device__ inline void ConsumeSelected(const AttendSelectedParams& params,
       if (lane == 0) BarrierArrive(shared.Read(place.slot));
       place.Advance(kNumBatches);
     }
-    LoadQ(params, WarpRows(params, geometry, index + gridDim.x, warp), q);
-    if (rows.num_heads > 0 && exists) StoreGated(params, rows, attention);
+    work.Load(WarpRows(params, geometry, index + gridDim.x, warp));
+    if (rows.num_heads > 0 && exists) work.End(rows);
   }
 }
 
-// Grid: one CTA per SM; CTA i owns tiles i, i + gridDim, ... kDk = 0: any Dk.
+// Attention of the rows, and the gate.
 template <class T, int kDk, int kDv, int kBlockTokens>
-__global__ void __launch_bounds__(kSelectedThreads, 1)
-    AttendSelectedKernel(const __grid_constant__ AttendSelectedParams params,
-                         const __grid_constant__ SelectedGeometry geometry) {
-  extern __shared__ __align__(128) char memory[];
-  const SelectedShared shared(memory, geometry);
+class AttendRows {
+ public:
+  __device__ explicit AttendRows(const AttendSelectedParams& params)
+      : params_(params), attention_(params.dims.softmax_scale * 1.4426950408889634f) {}
+
+  __device__ void Load(const WarpRows& rows) { LoadQ(params_, rows, q_); }
+  __device__ void Begin() {
+    q_.WaitUntilLoaded();
+    attention_.Reset();
+  }
+  __device__ void Attend(const RecordNote&, uint32_t k, int32_t width, int64_t num_visible) {
+    const uint32_t v = k + width * kDk * 2;
+    if (num_visible >= width) {
+      attention_.template Attend<kBlockTokens, false>(q_, k, v, width, {});
+    } else if (num_visible > 0) {
+      const int32_t end = static_cast<int32_t>(num_visible);
+      attention_.template Attend<kBlockTokens, true>(q_, k, v, width, {{0, 0}, {end, end}});
+    }
+  }
+  __device__ void End(const WarpRows& rows) { StoreGated(params_, rows, attention_); }
+
+ private:
+  const AttendSelectedParams& params_;
+  RegisterQ<kDk> q_;
+  WarpAttention<T, kDv> attention_;
+};
+
+// The body of a kernel of kSelectedThreads: sets up the barriers and gives warps their parts;
+// consume() is that of the eight.
+template <class Prefetch, class Consume>
+__device__ inline void RunSelected(const AttendSelectedParams& params,
+                                   const SelectedGeometry& geometry, const SelectedShared& shared,
+                                   const Prefetch& prefetch, const Consume& consume) {
   if (threadIdx.x == 0) {
     for (int32_t i = 0; i < kFullBarriers; ++i) BarrierInit(shared.Full(i), 1);
     for (int32_t i = 0; i < kNumBatches; ++i) {
@@ -517,23 +538,31 @@ __global__ void __launch_bounds__(kSelectedThreads, 1)
   const int32_t warp = threadIdx.x / 32;
   if (warp >= kConsumerWarps) {
     LowerRegisters<kProducerRegisters>();
-    if (warp == kConsumerWarps) ScoutSelected(params, geometry, shared);
+    if (warp == kConsumerWarps) ScoutSelected(params, geometry, shared, prefetch);
     if (threadIdx.x == (kConsumerWarps + 1) * 32) LoadSelected(params, geometry, shared);
   } else {
     RaiseRegisters<kConsumerRegisters>();
-    if constexpr (kDk != 0) {
-      RegisterQ<kDk> q;
-      ConsumeSelected<T, kDv, kBlockTokens>(params, geometry, shared, q);
-    } else {
-      const int32_t head_dim = params.dims.head_dim_qk;
-      SharedQ q(shared.q + warp * head_dim * 2, head_dim, params.queries.q.data);
-      ConsumeSelected<T, kDv, kBlockTokens>(params, geometry, shared, q);
-    }
+    consume();
   }
 }
 
+// Grid: one CTA per SM; CTA i owns tiles i, i + gridDim, ...
+template <class T, int kDk, int kDv, int kBlockTokens>
+__global__ void __launch_bounds__(kSelectedThreads, 1)
+    AttendSelectedKernel(const __grid_constant__ AttendSelectedParams params,
+                         const __grid_constant__ SelectedGeometry geometry) {
+  extern __shared__ __align__(128) char memory[];
+  const SelectedShared shared(memory, geometry);
+  const auto prefetch = [&](const SelectedTile& tile) { PrefetchTile(params, geometry, tile); };
+  RunSelected(params, geometry, shared, prefetch, [&] {
+    AttendRows<T, kDk, kDv, kBlockTokens> work(params);
+    ConsumeSelected<kBlockTokens>(params, geometry, shared, work);
+  });
+}
+
+// value_bytes as in SelectedGeometry.
 inline SelectedGeometry MakeSelectedGeometry(const AttendSelectedParams& params,
-                                             const Device& device, bool q_in_registers) {
+                                             const Device& device, int32_t value_bytes) {
   const AttentionDims& dims = params.dims;
   SelectedGeometry g{};
   g.group_size = dims.group_size();
@@ -547,10 +576,10 @@ inline SelectedGeometry MakeSelectedGeometry(const AttendSelectedParams& params,
   g.num_tiles = params.queries.kv_heads.size() * g.num_row_tiles * g.parts_per_query;
   const int32_t block_tokens = dims.select_block_tokens;
   g.chunks_per_block = (block_tokens + kTileKeys - 1) / kTileKeys;
-  g.slot_bytes = (block_tokens < kTileKeys ? block_tokens : kTileKeys) *
-                 (dims.head_dim_qk + dims.head_dim_v) * 2;
-  g.q_bytes = q_in_registers ? 0 : kConsumerWarps * kTileRows * dims.head_dim_qk * 2;
-  const int32_t fixed_bytes = g.q_bytes + SelectedShared::kFixedBytes;
+  g.slot_bytes =
+      (block_tokens < kTileKeys ? block_tokens : kTileKeys) * (dims.head_dim_qk * 2 + value_bytes);
+  g.value_bytes = value_bytes;
+  const int32_t fixed_bytes = SelectedShared::kFixedBytes;
   const int32_t bytes_per_slot = g.slot_bytes + SelectedShared::kBytesPerSlot;
   const int32_t fitting = (device.max_shared_bytes - fixed_bytes) / bytes_per_slot;
   constexpr int32_t kMaxSlots = 16;  // more than ever waits to be read

@@ -147,8 +147,8 @@ SelectedGeometry MakeGeometry(const AttendSelectedParams& params) {
   g.num_row_tiles = static_cast<int32_t>(params.query_end - params.query_begin);
   g.num_tiles = params.queries.kv_heads.size() * g.num_row_tiles * g.parts_per_query;
   g.slot_bytes = kChunkTokens * (dims.head_dim_qk + dims.head_dim_v) * 2;
-  g.q_bytes = kTileRows * dims.head_dim_qk * 2;
-  g.shared_bytes = kSlots * g.slot_bytes + g.q_bytes;
+  g.value_bytes = dims.head_dim_v * 2;
+  g.shared_bytes = kSlots * g.slot_bytes + kTileRows * dims.head_dim_qk * 2;
   return g;
 }
 

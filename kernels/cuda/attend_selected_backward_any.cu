@@ -55,8 +55,8 @@ template <class T>
 __device__ void MultiplyRows(const uint4& fragment, const uint16_t* rows, int32_t head_dim,
                              int32_t first_dim, float (&sums)[kSliceTiles][4]) {
   const int32_t lane = threadIdx.x;
-  const uint32_t address = SharedAddress(rows + lane % 16 * (head_dim + kRowPadding) + first_dim +
-                                         lane / 16 * 8);
+  const uint32_t address =
+      SharedAddress(rows + lane % 16 * (head_dim + kRowPadding) + first_dim + lane / 16 * 8);
 #pragma unroll
   for (int i = 0; i < kSliceTiles; i += 2) {
     if (first_dim + i * 8 >= head_dim) break;
@@ -88,8 +88,8 @@ __device__ void StoreSums(const float (&sums)[kSliceTiles][4], float* to, int32_
   const int32_t lane = threadIdx.x;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float2* const row = reinterpret_cast<float2*>(to + (lane / 4 + r * 8) * head_dim + first_dim) +
-                        lane % 4;
+    float2* const row =
+        reinterpret_cast<float2*>(to + (lane / 4 + r * 8) * head_dim + first_dim) + lane % 4;
 #pragma unroll
     for (int i = 0; i < kSliceTiles; ++i) {
       if (first_dim + i * 8 >= head_dim) break;
@@ -118,8 +118,7 @@ __global__ void __launch_bounds__(32)
 
   for (int32_t index = blockIdx.x; index < piece.num_items->items; index += gridDim.x) {
     const BlockItem item = piece.items[index];
-    const char* const record =
-        RecordAt(params, LocationOf(params, piece.kv_head, item.block));
+    const char* const record = RecordAt(params, LocationOf(params, piece.kv_head, item.block));
     const char* const keys = record + first_key * dk * 2;
     const char* const values = record + (dims.select_block_tokens * dk + first_key * dv) * 2;
     float dk_sums[kSliceTiles][4] = {}, dv_sums[kSliceTiles][4] = {};
@@ -162,8 +161,8 @@ __global__ void __launch_bounds__(32)
         const uint4 p = make_uint4(p_words[0][0], p_words[0][1], p_words[1][0], p_words[1][1]);
         const uint4 ds = make_uint4(ds_words[0][0], ds_words[0][1], ds_words[1][0], ds_words[1][1]);
         if (first_dim == 0) {
-          const int64_t fragment = int64_t{pick.index} * PickFragments(dims) +
-                                   head_tile * gridDim.y + key_tile;
+          const int64_t fragment =
+              int64_t{pick.index} * PickFragments(dims) + head_tile * gridDim.y + key_tile;
           piece.ds[fragment * 32 + lane] = ds;
         }
         MultiplyRows<T>(p, d_o, dv, first_dim, dv_sums);
@@ -186,7 +185,6 @@ __global__ void __launch_bounds__(32)
   const AttentionDims& dims = params.dims;
   const int32_t lane = threadIdx.x, n = dims.num_selected_blocks;
   const int32_t dk = dims.head_dim_qk, groups = dk / 32;
-  const int32_t group_size = dims.num_q_heads / dims.num_kv_heads;
   const int64_t query = piece.query_begin + blockIdx.x;
   const QueryPlace place = FindQuery(params.queries, query);
   if (place.document < 0) return;
@@ -200,79 +198,57 @@ __global__ void __launch_bounds__(32)
     const int64_t pick = picks[i];
     const int64_t num_seen = place.position + 1 - pick * dims.select_block_tokens;
     if (pick < 0 || num_seen <= 0) break;
-    const uint32_t* const record = reinterpret_cast<const uint32_t*>(RecordAt(
-                                       params, LocationOf(params, piece.kv_head,
-                                                          first_block + pick))) + lane;
+    const uint32_t* const record =
+        reinterpret_cast<const uint32_t*>(
+            RecordAt(params, LocationOf(params, piece.kv_head, first_block + pick))) +
+        lane;
     const uint4* const fragments =
-        piece.ds + ((blockIdx.x * int64_t{n} + i) * PickFragments(dims) + blockIdx.y * key_tiles) *
-                       32 + lane;
+        piece.ds +
+        ((blockIdx.x * int64_t{n} + i) * PickFragments(dims) + blockIdx.y * key_tiles) * 32 + lane;
     for (int32_t tile = 0; tile < key_tiles && tile * kFragmentRows < num_seen; ++tile) {
-      const uint4 ds = fragments[tile * 32];
-      const uint32_t a[4] = {TransposeMatrix(ds.x), TransposeMatrix(ds.z), TransposeMatrix(ds.y),
-                             TransposeMatrix(ds.w)};
+      const uint4 a = TransposeFragment(fragments[tile * 32]);
       const uint32_t* const matrices = record + tile * 2 * groups * 4 * 32;
 #pragma unroll
       for (int m = 0; m < kMaxHeadDim / 8; ++m) {
         if (m >= groups * 4) break;
-        MultiplyAdd<T>(sums[m], a[0], a[1], a[2], a[3], TransposeMatrix(matrices[m * 32]),
+        MultiplyAdd<T>(sums[m], a.x, a.y, a.z, a.w, TransposeMatrix(matrices[m * 32]),
                        TransposeMatrix(matrices[(groups * 4 + m) * 32]));
       }
     }
   }
 
-  const int32_t num_heads = params.queries.kv_heads.size() * group_size;
-  const int32_t first_head =
-      (piece.kv_head - params.queries.kv_heads.begin) * group_size + blockIdx.y * kFragmentRows;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int32_t head = lane / 4 + r * 8;
-    if (blockIdx.y * kFragmentRows + head >= group_size) continue;
-    float4* const row = reinterpret_cast<float4*>(params.queries_gradients.dq +
-                                                  (query * num_heads + first_head + head) * dk) +
-                        lane % 4 * 2;
-#pragma unroll
-    for (int m = 0; m < kMaxHeadDim / 8; m += 2) {
-      if (m >= groups * 4) break;
-      float4& to = row[m / 4 * 8 + m % 4 / 2];
-      const float4 before = params.queries_gradients.adds ? to : make_float4(0, 0, 0, 0);
-      const float scale = dims.softmax_scale;
-      to = make_float4(fmaf(sums[m][2 * r], scale, before.x),
-                       fmaf(sums[m][2 * r + 1], scale, before.y),
-                       fmaf(sums[m + 1][2 * r], scale, before.z),
-                       fmaf(sums[m + 1][2 * r + 1], scale, before.w));
-    }
-  }
-}
-
-template <class T>
-cudaError_t LaunchKeys(const AttendSelectedBackwardParams& params, const SelectedPiece& piece,
-                       const Device& device, cudaStream_t stream) {
-  const AttentionDims& dims = params.dims;
-  const int32_t widest =
-      dims.head_dim_qk > dims.head_dim_v ? dims.head_dim_qk : dims.head_dim_v;
-  const dim3 grid(8 * device.num_sms, dims.select_block_tokens / kFragmentRows,
-                  (widest + kSliceDims - 1) / kSliceDims);
-  SelectedKeysAnyKernel<T><<<grid, 32, 0, stream>>>(params, piece);
-  return cudaGetLastError();
-}
-
-template <class T>
-cudaError_t LaunchQueries(const AttendSelectedBackwardParams& params, const SelectedPiece& piece,
-                          const Device&, cudaStream_t stream) {
-  const dim3 grid(piece.num_queries, HeadTiles(params.dims));
-  SelectedQueriesAnyKernel<T><<<grid, 32, 0, stream>>>(params, piece);
-  return cudaGetLastError();
+  StoreQueryGradients(params, piece.kv_head, query, blockIdx.y, sums);
 }
 
 }  // namespace
 
+cudaError_t LaunchSelectedKeysAny(const AttendSelectedBackwardParams& params,
+                                  const SelectedPiece& piece, const Device& device,
+                                  cudaStream_t stream) {
+  const AttentionDims& dims = params.dims;
+  const int32_t widest = dims.head_dim_qk > dims.head_dim_v ? dims.head_dim_qk : dims.head_dim_v;
+  const dim3 grid(8 * device.num_sms, dims.select_block_tokens / kFragmentRows,
+                  (widest + kSliceDims - 1) / kSliceDims);
+  const auto kernel = dims.dtype == DType::kBF16 ? SelectedKeysAnyKernel<__nv_bfloat16>
+                                                 : SelectedKeysAnyKernel<__half>;
+  kernel<<<grid, 32, 0, stream>>>(params, piece);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchSelectedQueriesAny(const AttendSelectedBackwardParams& params,
+                                     const SelectedPiece& piece, const Device&,
+                                     cudaStream_t stream) {
+  const dim3 grid(piece.num_queries, HeadTiles(params.dims));
+  const auto kernel = params.dims.dtype == DType::kBF16 ? SelectedQueriesAnyKernel<__nv_bfloat16>
+                                                        : SelectedQueriesAnyKernel<__half>;
+  kernel<<<grid, 32, 0, stream>>>(params, piece);
+  return cudaGetLastError();
+}
+
 cudaError_t LaunchAttendSelectedBackwardAny(const AttendSelectedBackwardParams& params,
                                             const Device& device, cudaStream_t stream) {
-  return params.dims.dtype == DType::kBF16
-             ? LaunchSelectedBackward(params, device, LaunchKeys<__nv_bfloat16>,
-                                      LaunchQueries<__nv_bfloat16>, stream)
-             : LaunchSelectedBackward(params, device, LaunchKeys<__half>, LaunchQueries<__half>,
-                                      stream);
+  return LaunchSelectedBackward(params, device, LaunchSelectedKeysAny, LaunchSelectedQueriesAny,
+                                stream);
 }
 
 }  // namespace nsa::kernels::cuda

@@ -13,7 +13,7 @@ namespace {
 template <class T, int kDk, int kDv>
 cudaError_t LaunchShape(const AttendSelectedParams& params, const Device& device,
                         cudaStream_t stream) {
-  const SelectedGeometry geometry = MakeSelectedGeometry(params, device, /*q_in_registers=*/true);
+  const SelectedGeometry geometry = MakeSelectedGeometry(params, device, kDv * 2);
   if (geometry.num_tiles == 0) return cudaSuccess;
   const auto kernel = params.dims.select_block_tokens == kTileKeys
                           ? AttendSelectedKernel<T, kDk, kDv, kTileKeys>

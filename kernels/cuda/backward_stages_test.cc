@@ -226,7 +226,8 @@ SelectedGradients RunSelected(const SelectedProblem& problem, const SelectedLayo
     std::copy_n(&problem.block_indices[token * hkv * n], hkv * n, &indices[row * hkv * n]);
   });
 
-  // Every second block is this rank's; of the others, those that a call's queries picked have slots.
+  // Every second block is this rank's; of the others, those that a call's queries picked have
+  // slots.
   const auto is_own = [&](int64_t block) { return !layout.use_slots || block % 2 == 0; };
   const int64_t own_blocks = layout.use_slots ? (num_blocks + 1) / 2 : num_blocks;
   const auto ordinal = [&](int64_t block) { return layout.use_slots ? block / 2 : block; };
@@ -383,8 +384,8 @@ TEST_P(BackwardStagesTest, SelectedGroupSizes) {
 }
 
 TEST_P(BackwardStagesTest, SelectedHeadDims) {
-  for (auto [dk, dv] : {std::pair<int64_t, int64_t>{64, 64}, {128, 128}, {192, 128}, {256, 64},
-                        {64, 256}}) {
+  for (auto [dk, dv] :
+       {std::pair<int64_t, int64_t>{64, 64}, {128, 128}, {192, 128}, {256, 64}, {64, 256}}) {
     ReferenceConfig config = SmallConfig();
     config.head_dim_qk = dk;
     config.head_dim_v = dv;
@@ -411,7 +412,7 @@ TEST_P(BackwardStagesTest, SelectedLongLists) {
   config.num_selected_blocks = 16;
   for (int64_t dim : {64, 128}) {
     config.head_dim_qk = config.head_dim_v = dim;
-    ExpectAgreement(SelectedProblem(config, {0, 500, 2001}, {.dtype = DType::kBF16}, 5),
+    ExpectAgreement(SelectedProblem(config, {0, 300, 1201}, {.dtype = DType::kBF16}, 5),
                     {.use_slots = true, .adds = dim == 64}, *kernels_);
   }
 }
@@ -502,28 +503,27 @@ void ExpectCompressAgreement(const ReferenceConfig& config, const test::InputOpt
     return is_set == nullptr ? nullptr : values.data();
   };
   const Compressor compressor = test::MakeCompressor(config.compressor);
-  Bytes scratch(kernels.CompressBackwardScratchBytes(dims, compressor, weights.hidden_width,
-                                                     num_blocks) +
-                    1,
-                std::byte{0xff});
-  ASSERT_EQ(kernels.CompressBackward({.dims = dims,
-                                      .head_dim = static_cast<int32_t>(dim),
-                                      .compressor = compressor,
-                                      .weights = weights,
-                                      .tokens = k.view,
-                                      .documents = problem.documents.data(),
-                                      .runs = runs.data(),
-                                      .num_runs = static_cast<int32_t>(runs.size()),
-                                      .num_blocks = num_blocks,
-                                      .d_summaries = d_summaries.data(),
-                                      .d_summaries_stride = stride,
-                                      .d_tokens = {own.data(), halo.data(), adds},
-                                      .d_weights = {where(weights.weight, weight),
-                                                    where(weights.pe, pe), where(weights.w, w),
-                                                    where(weights.w1, w1), where(weights.b1, b1),
-                                                    where(weights.w2, w2), where(weights.b2, b2)},
-                                      .scratch = scratch.data()},
-                                     nullptr),
+  Bytes scratch(
+      kernels.CompressBackwardScratchBytes(dims, compressor, weights.hidden_width, num_blocks) + 1,
+      std::byte{0xff});
+  ASSERT_EQ(kernels.CompressBackward(
+                {.dims = dims,
+                 .head_dim = static_cast<int32_t>(dim),
+                 .compressor = compressor,
+                 .weights = weights,
+                 .tokens = k.view,
+                 .documents = problem.documents.data(),
+                 .runs = runs.data(),
+                 .num_runs = static_cast<int32_t>(runs.size()),
+                 .num_blocks = num_blocks,
+                 .d_summaries = d_summaries.data(),
+                 .d_summaries_stride = stride,
+                 .d_tokens = {own.data(), halo.data(), adds},
+                 .d_weights = {where(weights.weight, weight), where(weights.pe, pe),
+                               where(weights.w, w), where(weights.w1, w1), where(weights.b1, b1),
+                               where(weights.w2, w2), where(weights.b2, b2)},
+                 .scratch = scratch.data()},
+                nullptr),
             absl::OkStatus());
   std::vector<double> actual(dx.size());
   ForEachToken(problem, segments, [&](int64_t row, int64_t token, bool is_halo) {
@@ -557,12 +557,11 @@ TEST_P(BackwardStagesTest, Compressors) {
       config.head_dim_qk = per_head ? 64 : 192;
       config.compress_block_tokens = per_head ? 32 : 48;
       config.select_block_tokens = 48;
-      const test::InputOptions options{
-          .dtype = DType::kBF16,
-          .parameter_dtype = per_head ? DType::kF32 : DType::kBF16,
-          .parameters_per_head = per_head,
-          .with_pe = true,
-          .hidden_width = per_head ? 32 : 37};
+      const test::InputOptions options{.dtype = DType::kBF16,
+                                       .parameter_dtype = per_head ? DType::kF32 : DType::kBF16,
+                                       .parameters_per_head = per_head,
+                                       .with_pe = true,
+                                       .hidden_width = per_head ? 32 : 37};
       ExpectCompressAgreement(config, options, {0, 40, 311, 312, 900},
                               {.segment_tokens = 45, .use_halo = per_head}, per_head, *kernels_);
       ExpectCompressAgreement(config, options, {0, 20}, {}, false, *kernels_);  // no block
@@ -594,7 +593,9 @@ TEST_P(BackwardStagesTest, Gates) {
       const Bytes gate = make(gate_dtype, rows * 4);
       const std::vector<double> gate_values = test::Decode(gate_dtype, gate);
       std::vector<float> d_gate(rows * 3, kNaN), gates = d_gate, deltas = d_gate;
-      const auto view = [&](int i) { return ConstTensor3{tensors[i].data(), row_stride, head_dim}; };
+      const auto view = [&](int i) {
+        return ConstTensor3{tensors[i].data(), row_stride, head_dim};
+      };
       ASSERT_EQ(kernels_->GateBackward({.dims = dims,
                                         .num_tokens = tokens,
                                         .gate = gate.data(),
@@ -634,7 +635,8 @@ TEST_P(BackwardStagesTest, RecordsToTokens) {
       MakeStageProblem(config, {0, 40, 311, 650}, {.dtype = DType::kBF16}, 12);
   const AttentionDims& dims = problem.dims;
   const int64_t hkv = dims.num_kv_heads, dk = 64, dv = 128, slc = dims.select_block_tokens;
-  const std::vector<Segment> segments = Layout{.segment_tokens = 50, .use_halo = true}.Segments(problem);
+  const std::vector<Segment> segments =
+      Layout{.segment_tokens = 50, .use_halo = true}.Segments(problem);
   const std::vector<BlockRun> runs = {{1, 0, 2}, {1, 4, 1}, {2, 1, 5}};
   const int64_t num_blocks = 8, values = (dk + dv) * slc, tokens = problem.num_tokens();
   Random random(13);

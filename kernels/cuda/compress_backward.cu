@@ -46,8 +46,8 @@ int64_t PlaceWork(int32_t num_heads, int32_t head_dim, Compressor compressor, in
   place(work->dy, rows * head_dim);
   place(work->hidden, rows * work->padded_width);
   place(work->d_hidden, rows * work->padded_width);
-  place(work->sums, num_heads * int64_t{head_dim > work->padded_width ? head_dim
-                                                                      : work->padded_width});
+  place(work->sums,
+        num_heads * int64_t{head_dim > work->padded_width ? head_dim : work->padded_width});
   return num_bytes;
 }
 
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(kThreads)
             head * params.head_dim + column);
         float weight = mean;
         if constexpr (kWeighted) {
-          weight = LoadFloat(params.weights.dtype, params.weights.weight,
-                             weight_place + u * stride + a);
+          weight =
+              LoadFloat(params.weights.dtype, params.weights.weight, weight_place + u * stride + a);
         }
         sum.x = fmaf(weight, dy.x, sum.x), sum.y = fmaf(weight, dy.y, sum.y);
         sum.z = fmaf(weight, dy.z, sum.z), sum.w = fmaf(weight, dy.w, sum.w);
@@ -198,8 +198,7 @@ __global__ void __launch_bounds__(kThreads) GatherKernel(const __grid_constant__
     context.work.blocks[blockIdx.x] = {group.document, static_cast<int32_t>(group.first_block)};
   }
   const int64_t row = params.documents[group.document].cmp_block_begin + group.first_block;
-  const float* const from =
-      params.d_summaries + row * params.d_summaries_stride + head * head_dim;
+  const float* const from = params.d_summaries + row * params.d_summaries_stride + head * head_dim;
   float* const to = context.work.dy + (head * params.num_blocks + blockIdx.x) * head_dim;
   for (int32_t i = threadIdx.x; i < head_dim; i += kThreads) to[i] = from[i];
 }
@@ -216,8 +215,7 @@ __device__ float SumThreads(float value, float* warp_sums) {
 }
 
 // Grid: (l, H'). A CTA owns the gradient of one weight.
-__global__ void __launch_bounds__(kThreads)
-    WeightKernel(const __grid_constant__ Context context) {
+__global__ void __launch_bounds__(kThreads) WeightKernel(const __grid_constant__ Context context) {
   __shared__ float warp_sums[kThreads / 32];
   const CompressBackwardParams& params = context.params;
   const int32_t row_threads = params.head_dim / 8, j = blockIdx.x;
@@ -299,8 +297,8 @@ __device__ TilePlace FindTile(int64_t index, int64_t num_heads, int64_t num_rows
                               int64_t num_columns) {
   const int64_t row_tiles = (num_rows + kTile - 1) / kTile;
   const int64_t column_tiles = (num_columns + kTile - 1) / kTile;
-  const int64_t head = row_tiles * column_tiles == 0 ? num_heads
-                                                     : index / (row_tiles * column_tiles);
+  const int64_t head =
+      row_tiles * column_tiles == 0 ? num_heads : index / (row_tiles * column_tiles);
   if (head >= num_heads) return {};
   return {static_cast<int32_t>(head), index / column_tiles % row_tiles * kTile,
           index % column_tiles * kTile};
@@ -335,8 +333,7 @@ struct HiddenProblem : Context {
     const float h = exists ? value + LoadFloat(params.weights.dtype, params.weights.b1,
                                                WeightHead(tile.head) * int64_t{width} + f)
                            : 0.0f;
-    const int64_t place =
-        (tile.head * params.num_blocks + block) * int64_t{work.padded_width} + f;
+    const int64_t place = (tile.head * params.num_blocks + block) * int64_t{work.padded_width} + f;
     work.d_hidden[place] = h;
     work.hidden[place] = exists ? Gelu(h) : 0.0f;
   }
@@ -389,9 +386,9 @@ struct SecondProblem : Context {
   }
   __device__ void LoadB(const Tile& tile, int64_t row, int64_t k, float (&to)[8]) const {
     if (tile.column + row >= work.padded_width) return;
-    LoadFloats(
-        DType::kF32, work.hidden,
-        (tile.head * params.num_blocks + k) * int64_t{work.padded_width} + tile.column + row, to);
+    LoadFloats(DType::kF32, work.hidden,
+               (tile.head * params.num_blocks + k) * int64_t{work.padded_width} + tile.column + row,
+               to);
   }
   __device__ void Store(const Tile& tile, int32_t row, int32_t column, float value) const {
     const int64_t width = params.weights.hidden_width, f = tile.column + column;
@@ -403,9 +400,9 @@ struct SecondProblem : Context {
 
 // What the first matrix of a compressor gives, and its gradient.
 struct FirstMatrix : Context {
-  const void* matrix;     // [H',num_outputs,l*D]
-  float* d_matrix;        // likewise
-  const float* outputs;   // [Hkv,N,outputs_width] gradients of the outputs
+  const void* matrix;    // [H',num_outputs,l*D]
+  float* d_matrix;       // likewise
+  const float* outputs;  // [Hkv,N,outputs_width] gradients of the outputs
   int32_t num_outputs;
   int32_t outputs_width;  // with zeros past num_outputs
 };
@@ -484,9 +481,8 @@ struct TokensProblem : FirstMatrix {
   __device__ void Store(const Tile& tile, int32_t row, int32_t column, float value) const {
     const int64_t stride = tile.strides.first_block + row;
     if (stride >= tile.strides.end_block) return;
-    float* const to =
-        TokenGradient(params, tile.segment,
-                      stride * params.dims.compress_stride_tokens + tile.token, tile.head);
+    float* const to = TokenGradient(
+        params, tile.segment, stride * params.dims.compress_stride_tokens + tile.token, tile.head);
     if (to == nullptr) return;
     float& place = to[tile.column + column];
     place = params.d_tokens.adds ? place + value : value;
@@ -509,8 +505,7 @@ __device__ void LoadOperand(const Load& load, int64_t depth_begin, int64_t depth
 // Grid: any number of CTAs. A CTA owns every gridDim-th tile of the product.
 // Shared memory: one tile of each operand.
 template <class Problem>
-__global__ void __launch_bounds__(kThreads)
-    ProductKernel(const __grid_constant__ Problem problem) {
+__global__ void __launch_bounds__(kThreads) ProductKernel(const __grid_constant__ Problem problem) {
   __shared__ uint32_t a[kTile][kDepthStride];
   __shared__ uint32_t b[kTile][kDepthStride];
   typename Problem::Tile tile;
@@ -528,9 +523,8 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
       MultiplyTiles<kDepth / 8>(a, b, product);
     }
-    ForEach(product, [&](int row, int column, float value) {
-      problem.Store(tile, row, column, value);
-    });
+    ForEach(product,
+            [&](int row, int column, float value) { problem.Store(tile, row, column, value); });
   }
 }
 
@@ -559,8 +553,7 @@ void LaunchPositions(const Context& context, const void* matrix, int32_t num_out
 
 int64_t CompressBackwardScratchBytes(const AttentionDims& dims, Compressor compressor,
                                      int32_t hidden_width, int64_t num_blocks) {
-  const int32_t widest =
-      dims.head_dim_qk > dims.head_dim_v ? dims.head_dim_qk : dims.head_dim_v;
+  const int32_t widest = dims.head_dim_qk > dims.head_dim_v ? dims.head_dim_qk : dims.head_dim_v;
   Work work;
   return PlaceWork(dims.num_kv_heads, widest, compressor, hidden_width, num_blocks, nullptr, &work);
 }
@@ -590,8 +583,8 @@ cudaError_t LaunchCompressBackward(const CompressBackwardParams& params, const D
     LaunchPositions(context, nullptr, 0, params.head_dim, stream);
     return cudaGetLastError();
   }
-  FirstMatrix first{context, weights.w, params.d_weights.w, work.dy, params.head_dim,
-                    params.head_dim};
+  FirstMatrix first{context, weights.w,       params.d_weights.w,
+                    work.dy, params.head_dim, params.head_dim};
   float* first_bias = nullptr;
   if (params.compressor == Compressor::kMlp) {
     LaunchProduct(HiddenProblem{context}, device, stream);
@@ -599,8 +592,8 @@ cudaError_t LaunchCompressBackward(const CompressBackwardParams& params, const D
     LaunchProduct(SecondProblem{context}, device, stream);
     LaunchColumnSums(context, work.dy, params.head_dim, params.d_weights.b2, params.head_dim,
                      stream);
-    first = {context, weights.w1, params.d_weights.w1, work.d_hidden, weights.hidden_width,
-             work.padded_width};
+    first = {context,       weights.w1,           params.d_weights.w1,
+             work.d_hidden, weights.hidden_width, work.padded_width};
     first_bias = params.d_weights.b1;
   }
   LaunchProduct(FirstProblem{first}, device, stream);

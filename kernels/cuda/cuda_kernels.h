@@ -5,8 +5,10 @@
 //
 // A call enqueues and does not wait, Allocate and Synchronize apart; it may be captured in a graph.
 // Each result is the same bit for bit whatever the cut of queries into calls and segments, and the
-// place (own or halo, own record or slot) that a token is read from. Any number of threads may call
-// one object. InvalidArgument when a tensor's rows are not aligned to 16 bytes.
+// place (own or halo, own record or slot) that a token is read from; of the backward, dq and d_gate
+// are. Any number of threads may call one object. InvalidArgument when a tensor's rows are not
+// aligned to 16 bytes. Gradients in f32 are moved 16 bytes at a time: row_elements is a multiple of
+// 4.
 #ifndef KERNELS_CUDA_CUDA_KERNELS_H_
 #define KERNELS_CUDA_CUDA_KERNELS_H_
 

@@ -49,7 +49,8 @@ inline constexpr Stage<AttendSummariesBackwardParams> kAttendSummariesBackward =
 
 inline constexpr Stage<GateBackwardParams> kGateBackward = {"GateBackward", LaunchGateBackward};
 inline constexpr Stage<AttendSelectedBackwardParams> kAttendSelectedBackward = {
-    "AttendSelectedBackward", LaunchAttendSelectedBackwardAny};
+    "AttendSelectedBackward", LaunchAttendSelectedBackwardAny, LaunchAttendSelectedBackwardFast,
+    HasFastAttendSelectedBackward};
 inline constexpr Stage<CompressBackwardParams> kCompressBackward = {"CompressBackward",
                                                                     LaunchCompressBackward};
 inline constexpr Stage<UnpackGradientsParams> kUnpackGradients = {"UnpackGradients",

@@ -77,6 +77,26 @@ TEST(DispatchTest, HopperRanksItsShapes) {
   EXPECT_FALSE(HasFastRank(dims));
 }
 
+TEST(DispatchTest, HopperServesItsShapesBackward) {
+  const auto choice = [](const AttentionDims& dims, Path path) {
+    return kAttendSelectedBackward.Choose(dims, path);
+  };
+  for (int32_t dim : {64, 128}) {
+    AttentionDims dims = HopperDims();
+    dims.head_dim_qk = dims.head_dim_v = dim;
+    EXPECT_EQ(choice(dims, Path::kHopper), LaunchAttendSelectedBackwardFast);
+    EXPECT_EQ(choice(dims, Path::kPortable), LaunchAttendSelectedBackwardAny);
+    dims.num_q_heads = 65 * dims.num_kv_heads;
+    EXPECT_EQ(choice(dims, Path::kHopper), LaunchAttendSelectedBackwardAny);
+  }
+  AttentionDims dims = HopperDims();
+  dims.select_block_tokens = 128;
+  EXPECT_EQ(choice(dims, Path::kHopper), LaunchAttendSelectedBackwardAny);
+  dims = HopperDims();
+  dims.head_dim_qk = 192;
+  EXPECT_EQ(choice(dims, Path::kHopper), LaunchAttendSelectedBackwardAny);
+}
+
 TEST(DispatchTest, PortableKernelsServeTheOthers) {
   AttentionDims dims = HopperDims();
   dims.head_dim_v = 64;

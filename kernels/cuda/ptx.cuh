@@ -175,6 +175,25 @@ __device__ __forceinline__ void CopyAsync16(uint32_t shared_dst, const void* glo
                : "memory");
 }
 
+// 4 or 8 bytes, likewise.
+template <int kBytes>
+__device__ __forceinline__ void CopyAsyncSmall(uint32_t shared_dst, const void* global_src,
+                                               bool copy) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_dst), "l"(global_src),
+               "n"(kBytes), "r"(copy ? kBytes : 0)
+               : "memory");
+}
+
+// One of the barrier's arrivals, once what this thread has begun to copy is there.
+__device__ __forceinline__ void BarrierArriveAfterCopies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Waits for `count` threads of the block, by barrier `id` of its sixteen.
+__device__ __forceinline__ void SyncThreads(int id, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+
 __device__ __forceinline__ void CopyAsyncCommit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

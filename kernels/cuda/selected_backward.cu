@@ -1,16 +1,15 @@
 // The backward of the selected attention but for its arithmetic: pieces, and the lists of blocks
 // inverted.
-#include "kernels/cuda/selected_backward.cuh"
-
 #include <algorithm>
 
 #include "kernels/cuda/cta_scan.cuh"
 #include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/selected_backward.cuh"
 
 namespace nsa::kernels::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kPlanThreads = 1024;
 constexpr int kSumThreads = 256;
@@ -18,7 +17,7 @@ constexpr int kGroupQueries = 32;  // bits of a mask
 
 // dS of a piece is the larger part of the scratch. More of it means fewer, longer launches; less,
 // that q and dO of a piece stay in the L2.
-constexpr int64_t kPieceBytes = int64_t{512} << 20;
+constexpr int64_t kPieceBytes = int64_t{1} << 30;
 
 int64_t PieceQueries(const AttentionDims& dims) {
   const int64_t query_bytes = int64_t{dims.num_selected_blocks} * PickFragments(dims) * 512;
@@ -103,9 +102,8 @@ __global__ void __launch_bounds__(kThreads)
   uint32_t* const masks = piece.masks + blockIdx.x * params.num_blocks;
   for (int64_t i = threadIdx.x; i < params.num_blocks; i += kThreads) counts[i] = masks[i] = 0;
   __syncthreads();
-  ForEachPick(
-      params, piece, blockIdx.x * kChunkQueries, ChunkEnd(piece),
-      [&](int32_t, int32_t, int64_t block, int32_t) { atomicAdd(counts + block, 1); });
+  ForEachPick(params, piece, blockIdx.x * kChunkQueries, ChunkEnd(piece),
+              [&](int32_t, int32_t, int64_t block, int32_t) { atomicAdd(counts + block, 1); });
 }
 
 // Grid: covers the blocks; a thread owns a column of `before`.
@@ -114,12 +112,18 @@ __global__ void __launch_bounds__(kSumThreads)
   const int64_t block = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
   if (block >= num_blocks) return;
   int32_t sum = 0;
-#pragma unroll 8
-  for (int32_t chunk = 0; chunk < piece.num_chunks; ++chunk) {
-    int32_t& place = piece.before[chunk * num_blocks + block];
-    const int32_t count = place;
-    place = sum;
-    sum += count;
+  constexpr int kAtOnce = 16;
+  for (int32_t first = 0; first < piece.num_chunks; first += kAtOnce) {
+    int32_t counts[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      counts[i] = first + i < piece.num_chunks ? piece.before[(first + i) * num_blocks + block] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i < piece.num_chunks) piece.before[(first + i) * num_blocks + block] = sum;
+      sum += counts[i];
+    }
   }
   piece.counts[block] = sum;
 }
@@ -153,9 +157,9 @@ __global__ void __launch_bounds__(kPlanThreads)
       piece.begins[block] = my_begin;
       const int32_t number = static_cast<int32_t>(block);
       for (int32_t i = 0; i < my_items; ++i) {
-        piece.items[i < my_whole ? to_whole + i : to_rest] = {
-            number, my_begin + i * kItemPicks, i < my_whole ? kItemPicks : my_rest,
-            my_items > 1 ? to_partial + i : -1};
+        piece.items[i < my_whole ? to_whole + i : to_rest] = {number, my_begin + i * kItemPicks,
+                                                              i < my_whole ? kItemPicks : my_rest,
+                                                              my_items > 1 ? to_partial + i : -1};
       }
       if (my_items > 1) piece.splits[to_split] = {number, to_partial, my_items};
     }
@@ -181,19 +185,17 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t chunk_end = ChunkEnd(piece);
   for (int32_t first = blockIdx.x * kChunkQueries; first < chunk_end; first += kGroupQueries) {
     const int32_t end = min(first + kGroupQueries, chunk_end);
-    ForEachPick(params, piece, first, end,
-                [&](int32_t query, int32_t, int64_t block, int32_t) {
-                  atomicOr(masks + block, 1u << (query - first));
-                });
+    ForEachPick(params, piece, first, end, [&](int32_t query, int32_t, int64_t block, int32_t) {
+      atomicOr(masks + block, 1u << (query - first));
+    });
     __syncthreads();
-    ForEachPick(params, piece, first, end,
-                [&](int32_t query, int32_t i, int64_t block, int32_t num_visible) {
-                  const uint32_t earlier =
-                      LoadChanged(masks + block) & ((1u << (query - first)) - 1);
-                  const int32_t place =
-                      piece.begins[block] + LoadChanged(before + block) + __popc(earlier);
-                  piece.picks[place] = {query * params.dims.num_selected_blocks + i, num_visible};
-                });
+    ForEachPick(
+        params, piece, first, end,
+        [&](int32_t query, int32_t i, int64_t block, int32_t num_visible) {
+          const uint32_t earlier = LoadChanged(masks + block) & ((1u << (query - first)) - 1);
+          const int32_t place = piece.begins[block] + LoadChanged(before + block) + __popc(earlier);
+          piece.picks[place] = {query * params.dims.num_selected_blocks + i, num_visible};
+        });
     __syncthreads();
     // The first query of those that picked a block moves it on.
     ForEachPick(params, piece, first, end, [&](int32_t query, int32_t, int64_t block, int32_t) {
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(kSumThreads)
     float4* const to = reinterpret_cast<float4*>(
         GradientsAt(params, LocationOf(params, piece.kv_head, split.block)) + place);
     float4 sum = *to;
-#pragma unroll 4
+#pragma unroll 16
     for (int32_t i = 0; i < split.count; ++i) {
       const float4 value = *reinterpret_cast<const float4*>(
           piece.partials + (split.first + i) * record_values + place);
@@ -236,9 +238,8 @@ cudaError_t ClearGradients(const AttendSelectedBackwardParams& params, cudaStrea
   if (!params.adds_to_own && params.num_own_records > 0) {
     const int64_t head_values =
         params.num_own_records / params.dims.num_kv_heads * RecordValues(params.dims);
-    const cudaError_t error =
-        cudaMemsetAsync(params.own_gradients + heads.begin * head_values, 0,
-                        heads.size() * head_values * sizeof(float), stream);
+    const cudaError_t error = cudaMemsetAsync(params.own_gradients + heads.begin * head_values, 0,
+                                              heads.size() * head_values * sizeof(float), stream);
     if (error != cudaSuccess) return error;
   }
   if (params.num_blocks > 0 && heads.size() > 0) {
@@ -256,9 +257,9 @@ int64_t SelectedBackwardScratchBytes(const AttentionDims& dims, const BackwardLi
                      nullptr, &piece);
 }
 
-cudaError_t LaunchSelectedBackward(const AttendSelectedBackwardParams& params,
-                                   const Device& device, LaunchPiece launch_keys,
-                                   LaunchPiece launch_queries, cudaStream_t stream) {
+cudaError_t LaunchSelectedBackward(const AttendSelectedBackwardParams& params, const Device& device,
+                                   LaunchPiece launch_keys, LaunchPiece launch_queries,
+                                   cudaStream_t stream) {
   cudaError_t error = ClearGradients(params, stream);
   if (error != cudaSuccess) return error;
   const int64_t piece_queries = PieceQueries(params.dims), num_blocks = params.num_blocks;
@@ -268,8 +269,7 @@ cudaError_t LaunchSelectedBackward(const AttendSelectedBackwardParams& params,
       SelectedPiece piece{};
       piece.kv_head = head;
       piece.query_begin = begin;
-      piece.num_queries =
-          static_cast<int32_t>(std::min(piece_queries, params.query_end - begin));
+      piece.num_queries = static_cast<int32_t>(std::min(piece_queries, params.query_end - begin));
       PlaceArrays(params.dims, num_blocks, piece.num_queries, static_cast<char*>(params.scratch),
                   &piece);
       CountPicks<<<piece.num_chunks, kThreads, 0, stream>>>(params, piece);

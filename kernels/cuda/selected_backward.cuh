@@ -15,6 +15,7 @@
 
 #include "kernels/backward_params.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/record_layout.h"
 
 namespace nsa::kernels::cuda {
@@ -52,20 +53,20 @@ struct ItemCounts {
 // More picks an item: fewer partial sums; fewer: less that the last items keep waiting for.
 constexpr int kItemPicks = 256;
 // Queries whose picks a CTA counts and sorts.
-constexpr int kChunkQueries = 256;
+constexpr int kChunkQueries = 128;
 
 // The queries [query_begin, query_begin + num_queries) of one kv head, and its part of the scratch.
 struct SelectedPiece {
   int32_t kv_head;
   int32_t num_queries;
   int64_t query_begin;
-  int32_t num_chunks;   // of kChunkQueries
-  int32_t* before;      // [num_chunks,B] picks of a block by earlier chunks
-  uint32_t* masks;      // [num_chunks,B] zero between uses: which of 32 queries picked a block
-  int32_t* counts;      // [B] picks of a block
-  int32_t* begins;      // [B] the first of them in `picks`
-  BlockPick* picks;     // [num_queries * n] block by block, queries ascending
-  BlockItem* items;     // whole ones first
+  int32_t num_chunks;  // of kChunkQueries
+  int32_t* before;     // [num_chunks,B] picks of a block by earlier chunks
+  uint32_t* masks;     // [num_chunks,B] zero between uses: which of 32 queries picked a block
+  int32_t* counts;     // [B] picks of a block
+  int32_t* begins;     // [B] the first of them in `picks`
+  BlockPick* picks;    // [num_queries * n] block by block, queries ascending
+  BlockItem* items;    // whole ones first
   SplitBlock* splits;
   ItemCounts* num_items;
   float* partials;  // [.,(Dk+Dv)*l']
@@ -94,8 +95,7 @@ __device__ inline const char* RecordAt(const AttendSelectedBackwardParams& param
   return static_cast<const char*>(slot < 0 ? params.own_records : params.slots) +
          (slot < 0 ? location : slot) * RecordBytes(params.dims);
 }
-__device__ inline float* GradientsAt(const AttendSelectedBackwardParams& params,
-                                     int64_t location) {
+__device__ inline float* GradientsAt(const AttendSelectedBackwardParams& params, int64_t location) {
   const int64_t slot = location - params.num_own_records;
   return (slot < 0 ? params.own_gradients : params.slot_gradients) +
          (slot < 0 ? location : slot) * RecordValues(params.dims);
@@ -103,19 +103,65 @@ __device__ inline float* GradientsAt(const AttendSelectedBackwardParams& params,
 // Where an item's sums go.
 __device__ inline float* SumsOf(const AttendSelectedBackwardParams& params,
                                 const SelectedPiece& piece, const BlockItem& item) {
-  return item.partial < 0
-             ? GradientsAt(params, LocationOf(params, piece.kv_head, item.block))
-             : piece.partials + item.partial * RecordValues(params.dims);
+  return item.partial < 0 ? GradientsAt(params, LocationOf(params, piece.kv_head, item.block))
+                          : piece.partials + item.partial * RecordValues(params.dims);
 }
 
-// Runs the steps above for all pieces; `launch_keys` enqueues step 2 but for the last sums, and
-// `launch_queries` step 3.
+// dS of a pick as mma's operand A, with heads for rows.
+__device__ inline uint4 TransposeFragment(const uint4& ds) {
+  return make_uint4(TransposeMatrix(ds.x), TransposeMatrix(ds.z), TransposeMatrix(ds.y),
+                    TransposeMatrix(ds.w));
+}
+
+// Writes scale * sums [16 heads,dimensions as records order them], heads from 16 * head_tile on.
+// A tile of the sums beyond Dk is not read. All lanes of a warp.
+template <int kTiles>
+__device__ inline void StoreQueryGradients(const AttendSelectedBackwardParams& params,
+                                           int32_t kv_head, int64_t query, int32_t head_tile,
+                                           const float (&sums)[kTiles][4]) {
+  const AttentionDims& dims = params.dims;
+  const int32_t lane = threadIdx.x % 32, dk = dims.head_dim_qk;
+  const int32_t group_size = dims.num_q_heads / dims.num_kv_heads;
+  const HeadRange& heads = params.queries.kv_heads;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int32_t head = head_tile * kFragmentRows + lane / 4 + r * 8;
+    if (head >= group_size) continue;
+    const int64_t row = (query * heads.size() + kv_head - heads.begin) * group_size + head;
+    float4* const to =
+        reinterpret_cast<float4*>(params.queries_gradients.dq + row * dk) + lane % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < kTiles; m += 2) {
+      if (m * 8 >= dk) break;
+      float4& place = to[m / 4 * 8 + m % 4 / 2];
+      const float4 before = params.queries_gradients.adds ? place : make_float4(0, 0, 0, 0);
+      const float scale = dims.softmax_scale;
+      place = make_float4(
+          fmaf(sums[m][2 * r], scale, before.x), fmaf(sums[m][2 * r + 1], scale, before.y),
+          fmaf(sums[m + 1][2 * r], scale, before.z), fmaf(sums[m + 1][2 * r + 1], scale, before.w));
+    }
+  }
+}
+
+// Steps 2, but for the last sums, and 3 of a piece.
 using LaunchPiece = cudaError_t (*)(const AttendSelectedBackwardParams& params,
                                     const SelectedPiece& piece, const Device& device,
                                     cudaStream_t stream);
-cudaError_t LaunchSelectedBackward(const AttendSelectedBackwardParams& params,
-                                   const Device& device, LaunchPiece launch_keys,
-                                   LaunchPiece launch_queries, cudaStream_t stream);
+cudaError_t LaunchSelectedKeysAny(const AttendSelectedBackwardParams& params,
+                                  const SelectedPiece& piece, const Device& device,
+                                  cudaStream_t stream);
+cudaError_t LaunchSelectedQueriesAny(const AttendSelectedBackwardParams& params,
+                                     const SelectedPiece& piece, const Device& device,
+                                     cudaStream_t stream);
+
+cudaError_t LaunchSelectedQueriesFast(const AttendSelectedBackwardParams& params,
+                                      const SelectedPiece& piece, const Device& device,
+                                      cudaStream_t stream);
+
+// Runs all steps for all pieces.
+cudaError_t LaunchSelectedBackward(const AttendSelectedBackwardParams& params, const Device& device,
+                                   LaunchPiece launch_keys, LaunchPiece launch_queries,
+                                   cudaStream_t stream);
 
 }  // namespace nsa::kernels::cuda
 

@@ -107,6 +107,26 @@ struct VisibleKeys {
   int end[2];
 };
 
+// What a lane adds to the address of values for MultiplyValues: lanes address two matrices of 8
+// tokens each, for two matrices of dimensions.
+template <int kDim>
+__device__ inline uint32_t ValuesLane(uint32_t values, int lane) {
+  return values + lane / 8 % 2 * (kDim * 16) + lane / 16 * 128 + lane % 8 * 16;
+}
+
+// sums [16,kDim] += a [16,16] * values [16 tokens,kDim] of a record.
+template <class T, int kDim>
+__device__ __forceinline__ void MultiplyValues(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                               uint32_t values_lane, float (&sums)[kDim / 8][4]) {
+#pragma unroll
+  for (int m = 0; m < kDim / 8; m += 2) {
+    uint32_t b[4];
+    LoadMatricesTransposed(b, values_lane + m * 128);
+    MultiplyAdd<T>(sums[m], a0, a1, a2, a3, b[0], b[1]);
+    MultiplyAdd<T>(sums[m + 1], a0, a1, a2, a3, b[2], b[3]);
+  }
+}
+
 template <class T, int kDv>
 class WarpAttention {
  public:
@@ -212,21 +232,13 @@ class WarpAttention {
       }
     }
 
-    // o += p v. Lanes address two matrices of 8 tokens each, for two matrices of dimensions.
-    constexpr int kGroups = kDv / 32;
-    const uint32_t v_lane = v + lane / 8 % 2 * (kGroups * 512) + lane / 16 * 128 + lane % 8 * 16;
+    // o += p v
+    const uint32_t v_lane = ValuesLane<kDv>(v, lane);
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i) {
       if (kWidth == 0 && i * 16 >= num_keys) break;
-#pragma unroll
-      for (int m = 0; m < kDv / 8; m += 2) {
-        uint32_t b[4];
-        LoadMatricesTransposed(b, v_lane + i * (kGroups * 1024) + m * 128);
-        MultiplyAdd<T>(o_[m], p[2 * i][0], p[2 * i][1], p[2 * i + 1][0], p[2 * i + 1][1], b[0],
-                       b[1]);
-        MultiplyAdd<T>(o_[m + 1], p[2 * i][0], p[2 * i][1], p[2 * i + 1][0], p[2 * i + 1][1], b[2],
-                       b[3]);
-      }
+      MultiplyValues<T, kDv>(p[2 * i][0], p[2 * i][1], p[2 * i + 1][0], p[2 * i + 1][1],
+                             v_lane + i * (kDv * 32), o_);
     }
   }
 
