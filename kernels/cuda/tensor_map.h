@@ -1,5 +1,5 @@
-// Tensors as the copy engine sees them: [rows][heads][dim], in boxes of whole rows of 128 bytes that
-// lie in shared memory with the 128-byte swizzle.
+// Tensors as the copy engine sees them: [rows][heads][dim], in boxes of whole rows of 128 bytes
+// that lie in shared memory with the 128-byte swizzle.
 #ifndef KERNELS_CUDA_TENSOR_MAP_H_
 #define KERNELS_CUDA_TENSOR_MAP_H_
 
@@ -40,7 +40,7 @@ struct TensorBoxes {
 
 // False when the copy engine cannot be told of the tensor.
 inline bool MakeTensorMap(EncodeTensorMap encode, const TensorBoxes& boxes, CUtensorMap* map) {
-  const CUtensorMapDataType type = boxes.dtype == DType::kF32  ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+  const CUtensorMapDataType type = boxes.dtype == DType::kF32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                                    : boxes.dtype == DType::kBF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                                  : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const int64_t element_bytes = SizeOf(boxes.dtype);
