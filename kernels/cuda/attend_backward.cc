@@ -7,6 +7,12 @@ namespace {
 
 constexpr size_t kAlignment = 256;
 
+// The key tiles of a chunk of the window see different rows of it at a time: it is kept so small
+// that what CTAs are at stays in the L2. Summaries see the same rows: fewer, longer items cost
+// less.
+ChunkLimits WindowLimits(const AttentionDims& dims) { return {64, dims.window_tokens}; }
+ChunkLimits SummariesLimits(int64_t num_cmp_blocks) { return {256, num_cmp_blocks}; }
+
 // Of the list of documents' summaries, which scratch begins with.
 size_t ListBytes(int32_t num_documents) {
   return (num_documents * sizeof(Segment) + kAlignment - 1) / kAlignment * kAlignment;
@@ -31,8 +37,8 @@ cudaError_t LaunchOverSummaries(const AttendSummariesBackwardParams& params, con
                                 cudaStream_t stream) {
   if (params.scratch == nullptr) return cudaErrorInvalidValue;
   Segment* const segments = static_cast<Segment*>(params.scratch);
-  const cudaError_t error = LaunchListSummaries(params.queries.documents, params.num_documents,
-                                                segments, stream);
+  const cudaError_t error =
+      LaunchListSummaries(params.queries.documents, params.num_documents, segments, stream);
   return error != cudaSuccess ? error : launch(MakeArgs(params, segments));
 }
 
@@ -69,15 +75,16 @@ AttendBackwardArgs MakeArgs(const AttendSummariesBackwardParams& params, Segment
 }
 
 size_t SummariesBackwardScratchBytes(const AttentionDims& dims, const BackwardLimits& limits) {
+  if (!HasFastAttendSummariesBackward(dims)) return ListBytes(limits.num_documents);
   return ListBytes(limits.num_documents) +
          AttendBackwardScratchBytes(dims, limits.num_tokens, limits.num_segments,
-                                    limits.num_kv_heads, limits.num_cmp_blocks);
+                                    limits.num_kv_heads, SummariesLimits(limits.num_cmp_blocks));
 }
 
 size_t WindowBackwardScratchBytes(const AttentionDims& dims, const BackwardLimits& limits) {
   if (!HasFastAttendWindowBackward(dims)) return 0;
   return AttendBackwardScratchBytes(dims, limits.num_tokens, limits.num_segments,
-                                    limits.num_kv_heads, dims.window_tokens);
+                                    limits.num_kv_heads, WindowLimits(dims));
 }
 
 bool HasFastAttendSummariesBackward(const AttentionDims& dims) { return HasFastDims(dims); }
@@ -94,7 +101,7 @@ cudaError_t LaunchAttendWindowBackwardAny(const AttendWindowBackwardParams& para
 cudaError_t LaunchAttendWindowBackwardFast(const AttendWindowBackwardParams& params,
                                            const Device& device, cudaStream_t stream) {
   if (params.scratch == nullptr) return cudaErrorInvalidValue;
-  return LaunchAttendBackwardFast(MakeArgs(params), params.dims.window_tokens, params.scratch,
+  return LaunchAttendBackwardFast(MakeArgs(params), WindowLimits(params.dims), params.scratch,
                                   device, stream);
 }
 
@@ -112,7 +119,8 @@ cudaError_t LaunchAttendSummariesBackwardFast(const AttendSummariesBackwardParam
   return LaunchOverSummaries(
       params,
       [&](const AttendBackwardArgs& args) {
-        return LaunchAttendBackwardFast(args, params.num_cmp_blocks, lists, device, stream);
+        return LaunchAttendBackwardFast(args, SummariesLimits(params.num_cmp_blocks), lists, device,
+                                        stream);
       },
       stream);
 }

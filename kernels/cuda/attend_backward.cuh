@@ -35,21 +35,27 @@ __device__ __forceinline__ KeyRange QueriesOf(const VisibleRule& rule, int64_t b
 // What the backward knows of a (query, head) row.
 struct RowStatistics {
   float lse_log2;  // lse * log2(e)
-  float gate;
-  float delta;
+  float gate;      // g
+  float mean_dp;   // dO . o = D / g, the mean of dP = dO V^T under P; 0 where g is
 };
 
 __device__ __forceinline__ RowStatistics LoadStatistics(const OutputGradients& outputs,
                                                         int64_t index) {
-  return {outputs.lse[index] * 1.4426950408889634f, outputs.gate[index], outputs.delta[index]};
+  const float gate = outputs.gate[index], delta = outputs.delta[index];
+  return {outputs.lse[index] * 1.4426950408889634f, gate,
+          gate != 0.0f ? __fdividef(delta, gate) : 0.0f};
 }
 
-// From the logit without its scale: g * P. Each product is rounded by itself, so that all kernels
-// have the same bits.
+// g * P, from a logit without its scale. Each product is rounded by itself, here and below, so that
+// a row has the same bits wherever it is computed.
 __device__ __forceinline__ float GatedProbability(float logit, float scale_log2, float lse_log2,
-                                                  float gate, float& probability) {
-  probability = Exp2(__fmaf_rn(logit, scale_log2, -lse_log2));
-  return __fmul_rn(gate, probability);
+                                                  float gate) {
+  return __fmul_rn(gate, Exp2(__fmaf_rn(logit, scale_log2, -lse_log2)));
+}
+
+// dS = P * (g * dP - D)
+__device__ __forceinline__ float LogitGradient(float gated_probability, float dp, float mean_dp) {
+  return __fmul_rn(gated_probability, __fsub_rn(dp, mean_dp));
 }
 
 }  // namespace nsa::kernels::cuda

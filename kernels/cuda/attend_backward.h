@@ -56,12 +56,19 @@ cudaError_t LaunchListSummaries(const Document* documents, int32_t num_documents
 cudaError_t LaunchAttendBackwardAny(const AttendBackwardArgs& args, const Device& device,
                                     cudaStream_t stream);
 
-// What the Hopper kernel keeps beside the gradients. `max_keys` bounds the keys that the queries of
-// a chunk see.
+// Of the Hopper kernel's chunks of queries: tiles of 64 rows, and the keys that a query sees at
+// most.
+struct ChunkLimits {
+  int32_t max_tiles;  // 32 and more
+  int64_t max_keys;
+};
+
+// What the Hopper kernel keeps beside the gradients.
 size_t AttendBackwardScratchBytes(const AttentionDims& dims, int64_t num_tokens,
-                                  int32_t num_segments, int32_t num_kv_heads, int64_t max_keys);
+                                  int32_t num_segments, int32_t num_kv_heads,
+                                  const ChunkLimits& limits);
 // For dims that HasFastAttendBackward; `scratch` is 256-byte aligned.
-cudaError_t LaunchAttendBackwardFast(const AttendBackwardArgs& args, int64_t max_keys,
+cudaError_t LaunchAttendBackwardFast(const AttendBackwardArgs& args, const ChunkLimits& limits,
                                      void* scratch, const Device& device, cudaStream_t stream);
 
 // Scratch of the stages, for every call within `limits`.

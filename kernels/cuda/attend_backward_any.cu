@@ -115,8 +115,8 @@ class WarpSums {
     }
     constexpr int kGroups = kDim / 32;
     const int lane = threadIdx.x % 32;
-    const uint32_t tile_lane = SharedAddress(tile) + lane / 8 % 2 * (kGroups * 512) +
-                               lane / 16 * 128 + lane % 8 * 16;
+    const uint32_t tile_lane =
+        SharedAddress(tile) + lane / 8 % 2 * (kGroups * 512) + lane / 16 * 128 + lane % 8 * 16;
 #pragma unroll
     for (int i = 0; i < kColumns / 16; ++i) {
 #pragma unroll
@@ -154,13 +154,6 @@ class WarpSums {
 
 __device__ float ScaleLog2(const AttentionDims& dims) {
   return dims.softmax_scale * 1.4426950408889634f;
-}
-
-// P * (g * dP - D)
-__device__ float LogitGradient(const RowStatistics& row, float scale_log2, float logit, float dp) {
-  float p;
-  const float gated = GatedProbability(logit, scale_log2, row.lse_log2, row.gate, p);
-  return __fmaf_rn(gated, dp, -__fmul_rn(p, row.delta));
 }
 
 // Grid: one CTA for each 64 rows of queries, whose dq it owns.
@@ -206,7 +199,10 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
       sums.Add(tiles, tiles.k, [&](int r, int column, float logit, float dp) {
         const bool visible = key + column >= keys[r].begin && key + column < keys[r].end;
-        return visible ? LogitGradient(statistics[r], scale_log2, logit, dp) : 0.0f;
+        if (!visible) return 0.0f;
+        const RowStatistics& row = statistics[r];
+        const float gated = GatedProbability(logit, scale_log2, row.lse_log2, row.gate);
+        return LogitGradient(gated, dp, row.mean_dp);
       });
     }
 #pragma unroll
@@ -256,8 +252,8 @@ __device__ void AddQueries(const AttendBackwardArgs& args, const Segment& segmen
       KeyRange keys{0, 0};
       if (step + column < num_rows) {
         const int64_t query = query_of(column);
-        statistics = LoadStatistics(
-            args.outputs, (segment.row + query) * dims.num_q_heads + head_of(column));
+        statistics = LoadStatistics(args.outputs,
+                                    (segment.row + query) * dims.num_q_heads + head_of(column));
         keys = KeysOf(args.rule, segment.position + query);
       }
       tiles.columns->statistics[column] = statistics;
@@ -269,15 +265,14 @@ __device__ void AddQueries(const AttendBackwardArgs& args, const Segment& segmen
       const KeyRange& keys = tiles.columns->keys[column];
       if (key + 8 * r < keys.begin || key + 8 * r >= keys.end) return 0.0f;
       const RowStatistics& row = tiles.columns->statistics[column];
-      if (!of_values) return LogitGradient(row, scale_log2, logit, dp);
-      float p;
-      return GatedProbability(logit, scale_log2, row.lse_log2, row.gate, p);
+      const float gated = GatedProbability(logit, scale_log2, row.lse_log2, row.gate);
+      return of_values ? gated : LogitGradient(gated, dp, row.mean_dp);
     });
   }
 }
 
-// Grid: [any, kv heads]. A CTA owns dk or, `of_values`, dv of tiles i, i + gridDim.x, ... of 64 rows
-// of a kv head.
+// Grid: [any, kv heads]. A CTA owns dk or, `of_values`, dv of tiles i, i + gridDim.x, ... of 64
+// rows of a kv head.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads)
     KeyBackwardKernel(const __grid_constant__ AttendBackwardArgs args, bool of_values) {

@@ -109,8 +109,8 @@ void Run(const AttentionDims& dims, int64_t num_tokens, const Device& device,
                            .documents = documents.as<Document>(),
                            .num_tokens = num_tokens,
                            .kv_heads = dims.all_kv_heads()};
-  const OutputGradients outputs = {{d_o.as(), hq * dv, dv}, lse.as<float>(), gate.as<float>(),
-                                   delta.as<float>()};
+  const OutputGradients outputs = {
+      {d_o.as(), hq * dv, dv}, lse.as<float>(), gate.as<float>(), delta.as<float>()};
   const AttendWindowBackwardParams window = {
       .dims = dims,
       .queries = queries,

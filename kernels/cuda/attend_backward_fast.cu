@@ -2,22 +2,24 @@
 //
 // Queries are cut into chunks, later ones first. An item is (chunk, kv head, tile of 128 keys); a
 // persistent CTA takes one after another. It owns dK and dV of its keys as far as the chunk's
-// queries contribute, in registers, and walks the chunk's tiles of 64 rows, row q * G + h being head
-// h of the group and query q of 64 / G in a row. Two consumer warpgroups own 64 keys each:
+// queries contribute, in registers, and walks the chunk's tiles of 64 rows, row q * G + h being
+// head h of the group and query q of 64 / G in a row. Two consumer warpgroups own 64 keys each:
 //
 //   S^T = K Q^T, dP^T = V dO^T;  dV += (g P)^T dO, dK += dS^T Q with P and dS from registers;
 //   dQ = dS K, dS by way of shared memory, each warpgroup half of the dimensions.
 //
 // dQ of a row tile is added to global memory by the copy engine, one key tile after another in
-// ascending order: each waits for its turn. dK and dV of a chunk are added after those of the chunk
-// before it in the order of items. All that an item waits for belongs to items taken earlier, so
-// that there is always one that waits for nothing.
+// ascending order: each waits for its turn. Row tiles are walked from the last one on: a window's
+// later keys then come to a row after earlier ones as a matter of course. dK and dV of a chunk are
+// added after those of the chunk before it in the order of items. All that an item waits for
+// belongs to items taken earlier, so that there is always one that waits for nothing.
 //
 // Shared memory: K and V of the item; 2 stages of Q, dO and the rows' statistics; dS^T; dQ, twice
 // where there is room. Matrices are panels of 64 columns with the 128-byte swizzle (wgmma.cuh).
 //
-// Pipeline: one warp loads Q and dO by the copy engine, a stage ahead; a warp for each dQ buffer
-// sends it. While one warpgroup takes exponentials, the other multiplies.
+// Pipeline: one warp loads Q and dO by the copy engine, another brings the statistics, both a stage
+// ahead; a warp for each dQ buffer sends it. While one warpgroup takes exponentials, the other
+// multiplies.
 #include <cuda.h>
 
 #include <cstdint>
@@ -38,15 +40,14 @@ constexpr int kTileRows = 64;   // dK, dV, S and dP of 64 x 64 a warpgroup fill 
 constexpr int kConsumerWarps = 8;
 constexpr int kConsumerThreads = kConsumerWarps * 32;
 constexpr int kThreads = kConsumerThreads + 128;
-constexpr int kConsumerRegisters = 232;
-constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 240;
+constexpr int kProducerRegisters = 24;
 constexpr int kStages = 2;
 constexpr int kRowPanelBytes = kTileRows * 128;
 constexpr int kKeyPanelBytes = kTileKeys * 128;
-// Of the rows of a chunk, in tiles: many, so that K and V are loaded and dK and dV added for many of
-// them; but so few that the items are many times the SMs.
+// Of the rows of a chunk, in tiles: many, so that K and V are loaded and dK and dV added for many
+// of them; but so few that the items are many times the SMs.
 constexpr int kMinChunkTiles = 32;
-constexpr int kMaxChunkTiles = 256;
 constexpr int64_t kTokensPerChunkTile = 1024;  // tokens times kv heads
 
 // A piece of a segment of queries.
@@ -81,25 +82,28 @@ struct WorkLists {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// `max_keys`: that a query sees. Grows with each argument but dims.
+// Grows with the numbers and max_keys.
 WorkLists CarveLists(const AttentionDims& dims, int64_t num_tokens, int32_t num_segments,
-                     int32_t num_kv_heads, int64_t max_keys, void* base) {
+                     int32_t num_kv_heads, const ChunkLimits& limits, void* base) {
   WorkLists lists{};
   const int64_t work = num_tokens * num_kv_heads;
   const int64_t chunk_tiles = CeilDiv(work, kTokensPerChunkTile);
   lists.tile_queries = kTileRows / GroupSize(dims);
   lists.chunk_queries =
-      lists.tile_queries * static_cast<int32_t>(chunk_tiles < kMinChunkTiles   ? kMinChunkTiles
-                                                : chunk_tiles > kMaxChunkTiles ? kMaxChunkTiles
-                                                                               : chunk_tiles);
+      lists.tile_queries * static_cast<int32_t>(chunk_tiles < kMinChunkTiles     ? kMinChunkTiles
+                                                : chunk_tiles > limits.max_tiles ? limits.max_tiles
+                                                                                 : chunk_tiles);
   // Chunks of all kv heads: `work` over that of a chunk, which is the middle one of three terms.
   const int64_t num_tiles = CeilDiv(work, lists.tile_queries);
   const int64_t in_the_middle = CeilDiv(kTokensPerChunkTile, lists.tile_queries);
-  const int64_t few = CeilDiv(num_tiles, kMinChunkTiles), many = CeilDiv(num_tiles, kMaxChunkTiles);
-  const int64_t max_chunks = (few < in_the_middle ? few : many > in_the_middle ? many : in_the_middle) +
+  const int64_t few = CeilDiv(num_tiles, kMinChunkTiles),
+                many = CeilDiv(num_tiles, limits.max_tiles);
+  const int64_t max_chunks = (few < in_the_middle    ? few
+                              : many > in_the_middle ? many
+                                                     : in_the_middle) +
                              int64_t{num_segments} * num_kv_heads;
-  const int64_t max_tiles =
-      (max_keys + lists.tile_queries * kMaxChunkTiles) / kTileKeys + 2;  // of keys, of a chunk
+  const int64_t max_tiles = (limits.max_keys + lists.tile_queries * limits.max_tiles) / kTileKeys +
+                            2;  // of keys, of a chunk
   const auto take = [&](size_t num_bytes) {
     char* const place = static_cast<char*>(base) + lists.num_bytes;
     lists.num_bytes += (num_bytes + 255) / 256 * 256;
@@ -134,8 +138,8 @@ __global__ void __launch_bounds__(32)
     const int32_t index = args.queries.num_segments - 1 - first - lane;
     Segment segment{};
     if (index >= 0) segment = args.queries.segments[index];
-    const int32_t count = static_cast<int32_t>((segment.num_tokens + lists.chunk_queries - 1) /
-                                               lists.chunk_queries);
+    const int32_t count =
+        static_cast<int32_t>((segment.num_tokens + lists.chunk_queries - 1) / lists.chunk_queries);
     int32_t total;
     Chunk* const chunks = lists.chunks + num_chunks + sum_before(count, total);
     for (int32_t i = 0; i < count; ++i) {
@@ -146,12 +150,10 @@ __global__ void __launch_bounds__(32)
       chunk.num_queries = static_cast<int32_t>(
           min(segment.num_tokens - begin, static_cast<int64_t>(lists.chunk_queries)));
       chunk.document = segment.document;
-      chunk.first_tile =
-          static_cast<int32_t>(KeysOf(args.rule, chunk.position).begin / kTileKeys);
+      chunk.first_tile = static_cast<int32_t>(KeysOf(args.rule, chunk.position).begin / kTileKeys);
       const int64_t end = KeysOf(args.rule, chunk.position + chunk.num_queries - 1).end;
-      chunk.num_tiles = end == 0 ? 0
-                                 : static_cast<int32_t>((end + kTileKeys - 1) / kTileKeys) -
-                                       chunk.first_tile;
+      chunk.num_tiles =
+          end == 0 ? 0 : static_cast<int32_t>((end + kTileKeys - 1) / kTileKeys) - chunk.first_tile;
       chunks[i] = chunk;
     }
     num_chunks += total;
@@ -214,6 +216,8 @@ struct Item {
   int32_t tile;     // of keys, in the document
   int32_t begin;    // row tiles [begin, end) of the chunk see some key
   int32_t end;
+  int32_t begin_whole;  // all rows of row tiles [begin_whole, end_whole) see all keys
+  int32_t end_whole;
   int32_t turns;   // of the chunk's first row tile, among query_turns
   int32_t index;   // among keys_done
   int32_t before;  // whose dK and dV come before; -1: none
@@ -225,19 +229,23 @@ struct Shape {
   static constexpr int kQBytes = kTileRows * kDk * 2;
   static constexpr int kStageBytes = kTileRows * (kDk + kDv) * 2;  // Q, dO
   static constexpr int kDqBytes = kTileRows * kDk * 4;
-  // [5][64]: lse_log2, gate and delta of the rows, and the keys of the tile that they see, as the
-  // first and the one behind the last.
-  static constexpr int kStatisticsBytes = 5 * kTileRows * 4;
+  static constexpr int kStatisticsBytes = 5 * kTileRows * 4;  // of a stage, see below
   static constexpr int kValues = kTileKeys * kDk * 2;
   static constexpr int kRows = kValues + kTileKeys * kDv * 2;
   static constexpr int kDs = kRows + kStages * kStageBytes;
   static constexpr int kDq = kDs + kTileKeys * kTileRows * 2;
   static constexpr int kStatistics = kDq + kDqBuffers * kDqBytes;
   static constexpr int kItem = kStatistics + kStages * kStatisticsBytes;
-  static constexpr int kBarriers = kItem + 128;
+  static constexpr int kBarriers = kItem + 2 * 128;
   static constexpr int kBytes = kBarriers + (2 * kStages + 2 * kDqBuffers + 1) * 8;
 };
-static_assert(sizeof(Item) <= 128);
+static_assert(sizeof(Item) <= 128);  // two, this one and the next
+
+// What is known of a stage's rows, of two neighbours side by side. [32][4]: lse_log2 of both, gate
+// of both. [32][2]: mean_dp. [32][4]: the first key of the tile that each sees, the one behind the
+// last.
+constexpr int kMeans = kTileRows / 2 * 16;
+constexpr int kBounds = kMeans + kTileRows / 2 * 8;
 
 // Shared addresses.
 template <class Shape>
@@ -250,9 +258,7 @@ struct Shared {
   }
   __device__ uint32_t OutputGradient(int stage) const { return Q(stage) + Shape::kQBytes; }
   __device__ uint32_t Ds() const { return base + Shape::kDs; }
-  __device__ uint32_t Dq(int buffer) const {
-    return base + Shape::kDq + buffer * Shape::kDqBytes;
-  }
+  __device__ uint32_t Dq(int buffer) const { return base + Shape::kDq + buffer * Shape::kDqBytes; }
   __device__ uint32_t Statistics(int stage) const {
     return base + Shape::kStatistics + stage * Shape::kStatisticsBytes;
   }
@@ -280,13 +286,17 @@ __device__ __forceinline__ uint32_t Uniform(uint32_t value) {
   return __shfl_sync(kFullWarp, value, 0);
 }
 
-__device__ __forceinline__ void StoreShared(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
 __device__ __forceinline__ void StoreShared(uint32_t address, float2 value) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(value.x), "f"(value.y)
                : "memory");
+}
+
+__device__ __forceinline__ float4 LoadShared4(uint32_t address) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address));
+  return value;
 }
 
 __device__ __forceinline__ float2 LoadShared2(uint32_t address) {
@@ -338,6 +348,17 @@ __device__ Item TakeItem(const AttendBackwardArgs& args, const WorkLists& lists)
   const int64_t end = min(positions.end - chunk.position, int64_t{chunk.num_queries});
   item.begin = static_cast<int32_t>(first / lists.tile_queries);
   item.end = static_cast<int32_t>((end + lists.tile_queries - 1) / lists.tile_queries);
+  // From the first query that sees the last key on, up to the last that sees the first one.
+  const int64_t first_whole =
+      QueriesOf(args.rule, int64_t{item.tile + 1} * kTileKeys - 1, 0).begin - chunk.position;
+  const int64_t end_whole =
+      min(QueriesOf(args.rule, 0, int64_t{item.tile} * kTileKeys + 1).end - chunk.position,
+          int64_t{chunk.num_queries});
+  const bool fills_tiles = lists.tile_queries * GroupSize(args.dims) == kTileRows;
+  item.begin_whole = static_cast<int32_t>((max(first_whole, int64_t{0}) + lists.tile_queries - 1) /
+                                          lists.tile_queries);
+  item.end_whole =
+      fills_tiles ? static_cast<int32_t>(max(end_whole, int64_t{0}) / lists.tile_queries) : 0;
   item.before = -1;
   for (int32_t last = low - 1; last >= 0; last -= 32) {
     int32_t index = -1;
@@ -357,7 +378,7 @@ __device__ Item TakeItem(const AttendBackwardArgs& args, const WorkLists& lists)
   return item;
 }
 
-// The warp that brings q, dO and what is known of their rows.
+// The lane that brings q and dO.
 template <int kDk, int kDv>
 class Loader {
  public:
@@ -365,69 +386,111 @@ class Loader {
 
   __device__ Loader(const AttendBackwardArgs& args, const TensorMaps& maps, int32_t tile_queries,
                     const Shared<Sizes>& shared)
-      : args_(args),
-        maps_(maps),
+      : maps_(maps),
         tile_queries_(tile_queries),
         group_size_(GroupSize(args.dims)),
         shared_(shared) {}
 
   __device__ void Run(const Item& item) {
-    for (int32_t i = item.begin; i < item.end; ++i) Load(item, i * tile_queries_);
+    if (threadIdx.x % 32 == 0) {
+      for (int32_t i = item.end - 1; i >= item.begin; --i) Load(item, i * tile_queries_);
+    }
+    __syncwarp();
   }
 
  private:
   __device__ void Load(const Item& item, int32_t first_query) {
-    const int lane = threadIdx.x % 32, stage = turn_.slot();
+    const int stage = turn_.slot();
     const uint32_t full = shared_.RowsFull(stage);
-    const uint32_t statistics = shared_.Statistics(stage);
+    const int32_t row = static_cast<int32_t>(item.row) + first_query;
+    const int32_t head = item.kv_head * group_size_;
     BarrierWait(shared_.RowsEmpty(stage), turn_.parity() ^ 1);
-    if (lane == 0) {
-      BarrierArriveExpectBytes(full, tile_queries_ * group_size_ * (kDk + kDv) * 2);
-      const int32_t row = static_cast<int32_t>(item.row) + first_query;
-      const int32_t head = item.kv_head * group_size_;
+    BarrierArriveExpectBytes(full, tile_queries_ * group_size_ * (kDk + kDv) * 2);
 #pragma unroll
-      for (int panel = 0; panel < kDk / 64; ++panel) {
-        TensorCopy(shared_.Q(stage) + panel * kRowPanelBytes, &maps_.q, panel * 64, head, row,
-                   full);
-      }
+    for (int panel = 0; panel < kDk / 64; ++panel) {
+      TensorCopy(shared_.Q(stage) + panel * kRowPanelBytes, &maps_.q, panel * 64, head, row, full);
+    }
 #pragma unroll
-      for (int panel = 0; panel < kDv / 64; ++panel) {
-        TensorCopy(shared_.OutputGradient(stage) + panel * kRowPanelBytes, &maps_.d_o, panel * 64,
-                   head, row, full);
-      }
+    for (int panel = 0; panel < kDv / 64; ++panel) {
+      TensorCopy(shared_.OutputGradient(stage) + panel * kRowPanelBytes, &maps_.d_o, panel * 64,
+                 head, row, full);
     }
-#pragma unroll 1
-    for (int column = lane; column < kTileRows; column += 32) {
-      const int32_t query = first_query + column / group_size_;
-      RowStatistics row{};
-      int32_t begin = 0, end = 0;
-      if (column < tile_queries_ * group_size_ && query < item.num_queries) {
-        row = LoadStatistics(args_.outputs, (item.row + query) * args_.dims.num_q_heads +
-                                                item.kv_head * group_size_ + column % group_size_);
-        const KeyRange keys = KeysOf(args_.rule, item.position + query);
-        begin = Clamp(keys.begin - int64_t{item.tile} * kTileKeys);
-        end = Clamp(keys.end - int64_t{item.tile} * kTileKeys);
-      }
-      const uint32_t to = statistics + column * 4;
-      StoreShared(to, __float_as_uint(row.lse_log2));
-      StoreShared(to + kTileRows * 4, __float_as_uint(row.gate));
-      StoreShared(to + kTileRows * 8, __float_as_uint(row.delta));
-      StoreShared(to + kTileRows * 12, static_cast<uint32_t>(begin));
-      StoreShared(to + kTileRows * 16, static_cast<uint32_t>(end));
-    }
-    __syncwarp();
-    if (lane == 0) BarrierArrive(full);
     ++turn_.n;
   }
 
-  __device__ static int32_t Clamp(int64_t key) {
-    return static_cast<int32_t>(min(max(key, int64_t{0}), int64_t{kTileKeys}));
-  }
-
-  const AttendBackwardArgs& args_;
   const TensorMaps& maps_;
   const int32_t tile_queries_, group_size_;
   const Shared<Sizes> shared_;
+  Turn<kStages> turn_;
+};
+
+// The warp that tells what is known of the rows; a lane has two neighbours of them.
+template <class Shape>
+class Teller {
+ public:
+  __device__ Teller(const AttendBackwardArgs& args, int32_t tile_queries,
+                    const Shared<Shape>& shared)
+      : args_(args), tile_queries_(tile_queries), shared_(shared) {
+    const int32_t group_size = GroupSize(args.dims);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int32_t row = threadIdx.x % 32 * 2 + e;
+      query_[e] = row < tile_queries * group_size ? row / group_size : kNone;
+      head_[e] = row % group_size;
+    }
+  }
+
+  __device__ void Run(const Item& item) {
+    // Of positions since the first query of the document that sees a key of the tile.
+    const int64_t since =
+        item.position - QueriesOf(args_.rule, int64_t{item.tile} * kTileKeys, 0).begin;
+    const int64_t first_row =
+        item.row * args_.dims.num_q_heads + item.kv_head * GroupSize(args_.dims);
+    for (int32_t i = item.end - 1; i >= item.begin; --i) {
+      Known known[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        known[e] = {};
+        const int32_t query = i * tile_queries_ + query_[e];
+        if (query_[e] == kNone || query >= item.num_queries) continue;
+        const int64_t index = first_row + int64_t{query} * args_.dims.num_q_heads + head_[e];
+        known[e].statistics = LoadStatistics(args_.outputs, index);
+        const int64_t position = min(since + query, int64_t{1} << 30);
+        if (position < 0) continue;
+        const int32_t end = static_cast<int32_t>(position) / args_.rule.stride + 1;
+        known[e].begin = min(max(end - args_.rule.window, 0), kTileKeys);
+        known[e].end = min(end, kTileKeys);
+      }
+      // What is above is on its way before the stage is free.
+      const int stage = turn_.slot();
+      BarrierWait(shared_.RowsEmpty(stage), turn_.parity() ^ 1);
+      const uint32_t to = shared_.Statistics(stage) + threadIdx.x % 32 * 16;
+      StoreShared(to, make_float2(known[0].statistics.lse_log2, known[1].statistics.lse_log2));
+      StoreShared(to + 8, make_float2(known[0].statistics.gate, known[1].statistics.gate));
+      StoreShared(shared_.Statistics(stage) + kMeans + threadIdx.x % 32 * 8,
+                  make_float2(known[0].statistics.mean_dp, known[1].statistics.mean_dp));
+      StoreShared(to + kBounds,
+                  make_float2(__int_as_float(known[0].begin), __int_as_float(known[1].begin)));
+      StoreShared(to + kBounds + 8,
+                  make_float2(__int_as_float(known[0].end), __int_as_float(known[1].end)));
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) BarrierArrive(shared_.RowsFull(stage));
+      ++turn_.n;
+    }
+  }
+
+ private:
+  static constexpr int32_t kNone = -1;
+
+  struct Known {
+    RowStatistics statistics;
+    int32_t begin, end;  // of the keys that it sees, in the tile
+  };
+
+  const AttendBackwardArgs& args_;
+  const int32_t tile_queries_;
+  const Shared<Shape> shared_;
+  int32_t query_[2], head_[2];
   Turn<kStages> turn_;
 };
 
@@ -443,7 +506,7 @@ class Sender {
 
   __device__ void Run(const Item& item) {
     if (threadIdx.x % 32 == 0) {
-      for (int32_t i = item.begin; i < item.end; ++i, ++turn_.n) {
+      for (int32_t i = item.end - 1; i >= item.begin; --i, ++turn_.n) {
         if (turn_.slot() == buffer_) Send(item, i);
       }
     }
@@ -454,8 +517,8 @@ class Sender {
   __device__ void Send(const Item& item, int32_t row_tile) {
     const int32_t first_query = row_tile * lists_.tile_queries;
     const int32_t turn =
-        item.tile - static_cast<int32_t>(
-                        KeysOf(args_.rule, item.position + first_query).begin / kTileKeys);
+        item.tile -
+        static_cast<int32_t>(KeysOf(args_.rule, item.position + first_query).begin / kTileKeys);
     int32_t* const turns = lists_.query_turns + item.turns + row_tile;
     BarrierWait(shared_.DqFull(buffer_), turn_.parity());
     while (LoadAcquire(turns) != turn) {
@@ -472,7 +535,6 @@ class Sender {
     BarrierArrive(shared_.DqEmpty(buffer_));
     BulkWait();
     FenceProxyAsyncAll();
-    __threadfence();
     StoreRelease(turns, turn + 1);
   }
 
@@ -492,10 +554,10 @@ __device__ __forceinline__ void AddProducts(float (&d)[kDim / 2], const uint32_t
   const uint64_t rows = WgmmaValuesDescriptor(b, kRowPanelBytes);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    WgmmaValues<T>(*reinterpret_cast<float (*)[kWide / 2]>(&d), a[4 * k], a[4 * k + 1],
-                   a[4 * k + 2], a[4 * k + 3], rows + k * (16 * 128 >> 4));
+    WgmmaValues<T>(*reinterpret_cast<float(*)[kWide / 2]>(&d), a[4 * k], a[4 * k + 1], a[4 * k + 2],
+                   a[4 * k + 3], rows + k * (16 * 128 >> 4));
     if constexpr (kDim > kWide) {
-      WgmmaValues<T>(*reinterpret_cast<float (*)[(kDim - kWide) / 2]>(&d[kWide / 2]), a[4 * k],
+      WgmmaValues<T>(*reinterpret_cast<float(*)[(kDim - kWide) / 2]>(&d[kWide / 2]), a[4 * k],
                      a[4 * k + 1], a[4 * k + 2], a[4 * k + 3],
                      rows + (kWide / 64 * kRowPanelBytes >> 4) + k * (16 * 128 >> 4));
     }
@@ -523,8 +585,8 @@ class Consumer {
 #pragma unroll
     for (float& value : dv_) value = 0.0f;
     // Nothing is in flight between the steps.
-    for (int32_t i = item.begin; i < item.end; ++i) {
-      if (SeesWhole(item, i)) {
+    for (int32_t i = item.end - 1; i >= item.begin; --i) {
+      if (i >= item.begin_whole && i < item.end_whole) {
         Step<false>();
       } else {
         Step<true>();
@@ -539,16 +601,6 @@ class Consumer {
   // Of the tile, the first of the lane's two keys.
   __device__ static int KeyRow() { return threadIdx.x / 32 * 16 + Lane() / 4; }
 
-  // Whether all 64 rows of a row tile see all keys of the item.
-  __device__ bool SeesWhole(const Item& item, int32_t row_tile) const {
-    const int32_t tile_queries = lists_.tile_queries;
-    const int32_t first = row_tile * tile_queries, last = first + tile_queries - 1;
-    const int64_t key = int64_t{item.tile} * kTileKeys;
-    return tile_queries * GroupSize(args_.dims) == kTileRows && last < item.num_queries &&
-           KeysOf(args_.rule, item.position + last).begin <= key &&
-           KeysOf(args_.rule, item.position + first).end >= key + kTileKeys;
-  }
-
   __device__ void LoadKeys(const Item& item) {
     LoadRows<kDk>(args_.k, item, shared_.Keys());
     LoadRows<kDv>(args_.v, item, shared_.Values());
@@ -562,11 +614,10 @@ class Consumer {
   template <int kDim>
   __device__ void LoadRows(const TokenRows& tokens, const Item& item, uint32_t to) {
     const int row = threadIdx.x / 2;
-    const TokenRun run = FindTokens(tokens, 2, item.document,
-                                    int64_t{item.tile} * kTileKeys + row, item.kv_head);
+    const TokenRun run =
+        FindTokens(tokens, 2, item.document, int64_t{item.tile} * kTileKeys + row, item.kv_head);
     const bool exists = run.rows != nullptr;
-    const char* const from =
-        exists ? run.rows : static_cast<const char*>(args_.queries.q.data);
+    const char* const from = exists ? run.rows : static_cast<const char*>(args_.queries.q.data);
 #pragma unroll
     for (int panel = 0; panel < kDim / 64; ++panel) {
 #pragma unroll
@@ -596,7 +647,7 @@ class Consumer {
     const uint32_t q = Uniform(shared_.Q(stage));
     const uint32_t d_o = Uniform(shared_.OutputGradient(stage));
     const uint32_t of_warpgroup = Uniform(Warpgroup() * 64 * 128);
-    const uint32_t columns = shared_.Statistics(stage) + Lane() % 4 * 8;
+    const uint32_t statistics = shared_.Statistics(stage);
     BarrierWait(shared_.RowsFull(stage), turn_.parity());
 
     float s[32], dp[32];
@@ -607,52 +658,48 @@ class Consumer {
     WgmmaTouch(s);
 
     uint32_t p[16], ds[16];
+    uint32_t all_ones = ~0u;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float2 lse = LoadShared2(columns + j * 32);
-      const float2 gate = LoadShared2(columns + j * 32 + kTileRows * 4);
-      float2 begin, end;
+      const float4 row = LoadShared4(statistics + j * 64 + Lane() % 4 * 16);
+      float4 bounds;
       if constexpr (kMasked) {
-        begin = LoadShared2(columns + j * 32 + kTileRows * 12);
-        end = LoadShared2(columns + j * 32 + kTileRows * 16);
+        bounds = LoadShared4(statistics + kBounds + j * 64 + Lane() % 4 * 16);
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float& p0 = s[4 * j + 2 * r];
         float& p1 = s[4 * j + 2 * r + 1];
-        p0 = Exp2(__fmaf_rn(p0, scale_log2_, -lse.x));
-        p1 = Exp2(__fmaf_rn(p1, scale_log2_, -lse.y));
+        p0 = GatedProbability(p0, scale_log2_, row.x, row.z);
+        p1 = GatedProbability(p1, scale_log2_, row.y, row.w);
         if constexpr (kMasked) {
           const int key = KeyRow() + 8 * r;
-          if (key < __float_as_int(begin.x) || key >= __float_as_int(end.x)) p0 = 0.0f;
-          if (key < __float_as_int(begin.y) || key >= __float_as_int(end.y)) p1 = 0.0f;
+          if (key < __float_as_int(bounds.x) || key >= __float_as_int(bounds.z)) p0 = 0.0f;
+          if (key < __float_as_int(bounds.y) || key >= __float_as_int(bounds.w)) p1 = 0.0f;
         }
-        p[2 * j + r] = Pack2<T>(__fmul_rn(gate.x, p0), __fmul_rn(gate.y, p1));
+        p[2 * j + r] = Pack2<T>(p0, p1);
+        all_ones &= p[2 * j + r];
       }
     }
+    // A condition that always holds, since no NaN is packed as ones alone: the assembler keeps
+    // barriers and waits in order, and so does not move the exponentials behind the wait.
+    if (Lane() == 0 && all_ones != ~0u) BarrierArrive(shared_.RowsEmpty(stage));
     WgmmaWait<0>();
     WgmmaTouch(dp);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float2 gate = LoadShared2(columns + j * 32 + kTileRows * 4);
-      const float2 delta = LoadShared2(columns + j * 32 + kTileRows * 8);
+      const float2 mean = LoadShared2(statistics + kMeans + j * 32 + Lane() % 4 * 8);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float p0 = s[4 * j + 2 * r], p1 = s[4 * j + 2 * r + 1];
-        ds[2 * j + r] = Pack2<T>(
-            __fmaf_rn(__fmul_rn(gate.x, p0), dp[4 * j + 2 * r], -__fmul_rn(p0, delta.x)),
-            __fmaf_rn(__fmul_rn(gate.y, p1), dp[4 * j + 2 * r + 1], -__fmul_rn(p1, delta.y)));
+        const int i = 4 * j + 2 * r;
+        ds[2 * j + r] = Pack2<T>(LogitGradient(s[i], dp[i], mean.x),
+                                 LogitGradient(s[i + 1], dp[i + 1], mean.y));
       }
     }
     // Both warpgroups have multiplied with the dS before.
     BarrierWait(shared_.DsRead(), ds_parity_ ^ 1);
     ds_parity_ ^= 1;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t to = shared_.Ds() + InPanel(KeyRow(), j) + Lane() % 4 * 4;
-      StoreShared(to, ds[2 * j]);
-      StoreShared(to + 8 * 128, ds[2 * j + 1]);
-    }
+    StoreDs(ds);
     FenceProxyAsync();
     SyncConsumers();
 
@@ -676,30 +723,36 @@ class Consumer {
     ++turn_.n;
   }
 
+  // dS^T of this warpgroup's keys becomes its panel of dS [64 rows][128 keys].
+  __device__ void StoreDs(const uint32_t (&ds)[16]) {
+    const int lane = Lane(), warp = threadIdx.x / 32 % 4;
+    const uint32_t to = shared_.Ds() + Warpgroup() * kRowPanelBytes +
+                        InPanel(lane / 16 * 8 + lane % 8, 2 * warp + lane / 8 % 2);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      StoreMatricesTransposed(to + j * 8 * 128, ds[2 * j], ds[2 * j + 1], ds[2 * j + 2],
+                              ds[2 * j + 3]);
+    }
+  }
+
   // Of the panels of Dk, each warpgroup has whole ones and half of an odd one.
   static constexpr int kWholePanels = kDk / 128;
   static constexpr bool kHalfPanel = kDk / 64 % 2 != 0;
 
   // The warpgroup's dimensions of dS K.
   __device__ void StartDq(float (&dq)[32], float (&half_dq)[16]) {
-    const uint64_t ds = WgmmaValuesDescriptor(Uniform(shared_.Ds()), kRowPanelBytes);
+    const uint64_t ds = WgmmaDescriptor(Uniform(shared_.Ds()));
     const uint32_t warpgroup = Uniform(Warpgroup());
-    if constexpr (kWholePanels > 0) {
-      const uint64_t keys =
-          WgmmaValuesDescriptor(shared_.Keys() + warpgroup * kKeyPanelBytes, kKeyPanelBytes);
+    const auto multiply = [&](auto& d, uint32_t first) {
+      const uint64_t keys = WgmmaValuesDescriptor(shared_.Keys() + first, kKeyPanelBytes);
 #pragma unroll
       for (int k = 0; k < kTileKeys / 16; ++k) {
-        WgmmaTransposed<T>(dq, ds + k * (16 * 128 >> 4), keys + k * (16 * 128 >> 4), k > 0);
+        WgmmaSharedValues<T>(d, ds + (k / 4 * kRowPanelBytes + k % 4 * 32) / 16,
+                             keys + k * (16 * 128 >> 4), k > 0);
       }
-    }
-    if constexpr (kHalfPanel) {
-      const uint64_t keys = WgmmaValuesDescriptor(
-          shared_.Keys() + (kDk / 64 - 1) * kKeyPanelBytes + warpgroup * 64, kKeyPanelBytes);
-#pragma unroll
-      for (int k = 0; k < kTileKeys / 16; ++k) {
-        WgmmaTransposed<T>(half_dq, ds + k * (16 * 128 >> 4), keys + k * (16 * 128 >> 4), k > 0);
-      }
-    }
+    };
+    if constexpr (kWholePanels > 0) multiply(dq, warpgroup * kKeyPanelBytes);
+    if constexpr (kHalfPanel) multiply(half_dq, (kDk / 64 - 1) * kKeyPanelBytes + warpgroup * 64);
   }
 
   __device__ void StoreDq(const float (&dq)[32], const float (&half_dq)[16]) {
@@ -716,18 +769,23 @@ class Consumer {
     ++dq_turn_.n;
   }
 
-  // Dimensions from that of box `to` on; a box has 32.
+  // Dimensions from that of box `to` on; a box has 32. Lanes of odd rows take the columns in
+  // another order, so that a warp meets no bank twice.
   template <int kCount>
   __device__ void StoreDims(const float (&dq)[kCount], uint32_t to) {
     const float scale = args_.dims.softmax_scale;
-    const int c = Lane() % 4;
+    const int c = Lane() % 4, row = threadIdx.x / 32 % 4 * 16 + Lane() / 4;
+    const bool is_odd = row % 2 != 0;
+    const uint32_t lane = to + c % 2 * 8;
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = threadIdx.x / 32 % 4 * 16 + Lane() / 4 + 8 * r;
-        StoreShared(to + j / 4 * kRowPanelBytes + InPanel(row, j % 4 * 2 + c / 2) + c % 2 * 8,
-                    make_float2(scale * dq[4 * j + 2 * r], scale * dq[4 * j + 2 * r + 1]));
+        const int even = 4 * j + 2 * r, odd = 4 * (j ^ 2) + 2 * r;
+        const int chunk = (j % 4 * 2 + c / 2) ^ (is_odd ? 4 : 0);
+        StoreShared(lane + j / 4 * kRowPanelBytes + InPanel(row + 8 * r, chunk),
+                    make_float2(scale * (is_odd ? dq[odd] : dq[even]),
+                                scale * (is_odd ? dq[odd + 1] : dq[even + 1])));
       }
     }
   }
@@ -750,10 +808,17 @@ class Consumer {
   template <int kDim>
   __device__ void AddRows(const TokenRows& tokens, const GradientRows& gradients, const Item& item,
                           float scale, const float (&sums)[kDim / 2]) {
+    const int64_t key = int64_t{item.tile} * kTileKeys + KeyRow();
+    TokenPlace place = FindPlace(tokens, item.document, key);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const TokenPlace place = FindPlace(tokens, item.document,
-                                         int64_t{item.tile} * kTileKeys + KeyRow() + 8 * r);
+      if (r == 1) {
+        if (place.row >= 0 && place.num_tokens > 8) {
+          place.row += 8;
+        } else {
+          place = FindPlace(tokens, item.document, key + 8);
+        }
+      }
       if (place.row < 0) continue;
       float* const row = (place.is_halo ? gradients.halo : gradients.own) +
                          place.row * gradients.row_stride + item.kv_head * gradients.head_stride +
@@ -789,7 +854,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Sizes = Shape<kDk, kDv>;
   extern __shared__ __align__(1024) char memory[];
   const Shared<Sizes> shared{Uniform(SharedAddress(memory))};
-  Item& item = *reinterpret_cast<Item*>(memory + Sizes::kItem);
+  Item* const items = reinterpret_cast<Item*>(memory + Sizes::kItem);
   // Rows that no box covers take part in sums, times zero.
   if (lists.tile_queries * GroupSize(args.dims) != kTileRows) {
     for (int i = threadIdx.x * 16; i < kStages * Sizes::kStageBytes; i += kThreads * 16) {
@@ -799,8 +864,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
-      BarrierInit(shared.RowsFull(i), 2);  // the copy's and the statistics'
-      BarrierInit(shared.RowsEmpty(i), kConsumerWarps);
+      BarrierInit(shared.RowsFull(i), 2);                    // the copy's and the statistics'
+      BarrierInit(shared.RowsEmpty(i), 2 * kConsumerWarps);  // once amid a step
     }
     for (int i = 0; i < Sizes::kDqBuffers; ++i) {
       BarrierInit(shared.DqFull(i), kConsumerWarps);
@@ -810,16 +875,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     BarrierInitFence();
   }
   const int warp = threadIdx.x / 32;
+  const auto take = [&](Item& item) {
+    const Item next = TakeItem(args, lists);
+    if (threadIdx.x % 32 == 0) item = next;
+  };
   const auto for_each_item = [&](auto& role) {
-    for (;;) {
-      __syncthreads();  // the item before is done with
-      if (warp == kConsumerWarps) {
-        const Item next = TakeItem(args, lists);
-        if (threadIdx.x % 32 == 0) item = next;
-      }
-      __syncthreads();
+    for (int n = 0;; ++n) {
+      __syncthreads();  // the item before is done with, and this one is known
+      const Item& item = items[n % 2];
       if (item.kv_head < 0) break;
       role.Run(item);
+      // While the consumers are still at work.
+      if (warp == kConsumerWarps) take(items[(n + 1) % 2]);
     }
   };
   if (warp < kConsumerWarps) {
@@ -829,17 +896,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     LowerRegisters<kProducerRegisters>();
     if (warp == kConsumerWarps) {
+      take(items[0]);
       Loader<kDk, kDv> loader(args, maps, lists.tile_queries, shared);
       for_each_item(loader);
+    } else if (warp == kConsumerWarps + 1) {
+      Teller<Sizes> teller(args, lists.tile_queries, shared);
+      for_each_item(teller);
     } else {
-      Sender<kDk, kDv> sender(args, maps, lists, shared, warp - kConsumerWarps - 1);
+      Sender<kDk, kDv> sender(args, maps, lists, shared, warp - kConsumerWarps - 2);
       for_each_item(sender);
     }
   }
 }
 
-cudaError_t MakeTensorMaps(const AttendBackwardArgs& args, int32_t tile_queries,
-                           TensorMaps* maps) {
+cudaError_t MakeTensorMaps(const AttendBackwardArgs& args, int32_t tile_queries, TensorMaps* maps) {
   const EncodeTensorMap encode = FindEncodeTensorMap();
   if (encode == nullptr) return cudaErrorNotSupported;
   const AttentionDims& dims = args.dims;
@@ -889,15 +959,16 @@ cudaError_t Launch(const AttendBackwardArgs& args, const WorkLists& lists, const
 }  // namespace
 
 size_t AttendBackwardScratchBytes(const AttentionDims& dims, int64_t num_tokens,
-                                  int32_t num_segments, int32_t num_kv_heads, int64_t max_keys) {
-  return CarveLists(dims, num_tokens, num_segments, num_kv_heads, max_keys, nullptr).num_bytes;
+                                  int32_t num_segments, int32_t num_kv_heads,
+                                  const ChunkLimits& limits) {
+  return CarveLists(dims, num_tokens, num_segments, num_kv_heads, limits, nullptr).num_bytes;
 }
 
-cudaError_t LaunchAttendBackwardFast(const AttendBackwardArgs& args, int64_t max_keys,
+cudaError_t LaunchAttendBackwardFast(const AttendBackwardArgs& args, const ChunkLimits& limits,
                                      void* scratch, const Device& device, cudaStream_t stream) {
   const Queries& queries = args.queries;
   const WorkLists lists = CarveLists(args.dims, queries.num_tokens, queries.num_segments,
-                                     queries.kv_heads.size(), max_keys, scratch);
+                                     queries.kv_heads.size(), limits, scratch);
   TensorMaps maps;
   cudaError_t error = MakeTensorMaps(args, lists.tile_queries, &maps);
   if (error != cudaSuccess) return error;
@@ -919,9 +990,8 @@ cudaError_t LaunchAttendBackwardFast(const AttendBackwardArgs& args, int64_t max
   list<<<1, 32, 0, stream>>>(args, lists);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  return args.dims.dtype == DType::kBF16
-             ? Launch<__nv_bfloat16>(args, lists, maps, device, stream)
-             : Launch<__half>(args, lists, maps, device, stream);
+  return args.dims.dtype == DType::kBF16 ? Launch<__nv_bfloat16>(args, lists, maps, device, stream)
+                                         : Launch<__half>(args, lists, maps, device, stream);
 }
 
 }  // namespace nsa::kernels::cuda

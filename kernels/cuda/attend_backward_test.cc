@@ -33,14 +33,12 @@ struct Problem {
   Branch branch;
   AttentionDims dims;
   std::vector<Document> documents;
-  std::vector<double> q, d_o;       // [S,Hq,D]
-  std::vector<double> k, v;         // [K,Hkv,D] of tokens or of summaries
+  std::vector<double> q, d_o;           // [S,Hq,D]
+  std::vector<double> k, v;             // [K,Hkv,D] of tokens or of summaries
   std::vector<float> lse, gate, delta;  // [S,Hq]
-  std::vector<double> dq, dk, dv;   // what is expected; as q, k, v
+  std::vector<double> dq, dk, dv;       // what is expected; as q, k, v
 
-  int64_t num_tokens() const {
-    return documents.back().token_begin + documents.back().num_tokens;
-  }
+  int64_t num_tokens() const { return documents.back().token_begin + documents.back().num_tokens; }
   int64_t num_keys() const {
     const Document& last = documents.back();
     return branch == Branch::kWindow ? num_tokens() : last.cmp_block_begin + last.num_cmp_blocks;
@@ -62,58 +60,58 @@ double Dot(const double* a, const double* b, int64_t size) {
   return sum;
 }
 
-// Forward and backward of one kv head, in fp64; lse and delta are rounded before they are used.
-void AttendGroup(int64_t kv_head, Problem* problem) {
+// What a query head gives to the gradients of its kv head, [K,D].
+struct HeadGradients {
+  std::vector<double> dk, dv;
+};
+
+// Forward and backward of one query head, in fp64; lse and delta are rounded before they are used.
+void AttendHead(int64_t head, Problem* problem, HeadGradients* gradients) {
   Problem& p = *problem;
-  const int64_t hq = p.dims.num_q_heads, hkv = p.dims.num_kv_heads, group = hq / hkv;
+  const int64_t hq = p.dims.num_q_heads, hkv = p.dims.num_kv_heads, kv_head = head / (hq / hkv);
   const int64_t dk = p.dims.head_dim_qk, dv = p.dims.head_dim_v;
   const double scale = p.dims.softmax_scale;
+  gradients->dk.resize(p.num_keys() * dk);
+  gradients->dv.resize(p.num_keys() * dv);
   for (const Document& document : p.documents) {
     for (int64_t t = 0; t < document.num_tokens; ++t) {
       int64_t begin = std::max<int64_t>(t - p.dims.window_tokens + 1, 0), end = t + 1;
       if (p.branch == Branch::kSummaries) {
-        begin = 0;
-        end = 0;
-        while (end < document.num_cmp_blocks && end * p.dims.compress_stride_tokens +
-                                                        p.dims.compress_block_tokens - 1 <=
-                                                    t) {
+        begin = end = 0;
+        while (end < document.num_cmp_blocks &&
+               end * p.dims.compress_stride_tokens + p.dims.compress_block_tokens - 1 <= t) {
           ++end;
         }
       }
-      for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-        const int64_t row = document.token_begin + t;
-        const double* const q = RowOf(p.q, row, hq, h, dk);
-        const double* const d_o = RowOf(p.d_o, row, hq, h, dv);
-        const auto key = [&](int64_t i) { return p.FirstKey(document) + i; };
-        std::vector<double> logits;
-        double max = -INFINITY, sum = 0;
-        for (int64_t i = begin; i < end; ++i) {
-          logits.push_back(scale * Dot(q, RowOf(p.k, key(i), hkv, kv_head, dk), dk));
-          max = std::max(max, logits.back());
-        }
-        for (double logit : logits) sum += std::exp(logit - max);
-        const float lse = end > begin ? static_cast<float>(max + std::log(sum)) : -INFINITY;
-        p.lse[row * hq + h] = lse;
-        const double gate = p.gate[row * hq + h];
-        double delta = 0;
-        std::vector<double> dp;
-        for (int64_t i = begin; i < end; ++i) {
-          dp.push_back(Dot(d_o, RowOf(p.v, key(i), hkv, kv_head, dv), dv));
-          delta += gate * std::exp(logits[i - begin] - lse) * dp.back();
-        }
-        p.delta[row * hq + h] = static_cast<float>(delta);
-        for (int64_t i = begin; i < end; ++i) {
-          const double probability = std::exp(logits[i - begin] - lse);
-          const double ds =
-              scale * probability * (gate * dp[i - begin] - p.delta[row * hq + h]);
-          const double* const k = RowOf(p.k, key(i), hkv, kv_head, dk);
-          double* const dq_row = RowOf(p.dq, row, hq, h, dk);
-          double* const dk_row = RowOf(p.dk, key(i), hkv, kv_head, dk);
-          double* const dv_row = RowOf(p.dv, key(i), hkv, kv_head, dv);
-          for (int64_t c = 0; c < dk; ++c) dq_row[c] += ds * k[c];
-          for (int64_t c = 0; c < dk; ++c) dk_row[c] += ds * q[c];
-          for (int64_t c = 0; c < dv; ++c) dv_row[c] += gate * probability * d_o[c];
-        }
+      const int64_t row = document.token_begin + t;
+      const double* const q = RowOf(p.q, row, hq, head, dk);
+      const double* const d_o = RowOf(p.d_o, row, hq, head, dv);
+      const auto key = [&](int64_t i) { return p.FirstKey(document) + i; };
+      std::vector<double> logits, dp;
+      double max = -INFINITY, sum = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        logits.push_back(scale * Dot(q, RowOf(p.k, key(i), hkv, kv_head, dk), dk));
+        dp.push_back(Dot(d_o, RowOf(p.v, key(i), hkv, kv_head, dv), dv));
+        max = std::max(max, logits.back());
+      }
+      for (double logit : logits) sum += std::exp(logit - max);
+      const float lse = end > begin ? static_cast<float>(max + std::log(sum)) : -INFINITY;
+      const double gate = p.gate[row * hq + head];
+      double mean_dp = 0;
+      for (size_t i = 0; i < dp.size(); ++i) mean_dp += std::exp(logits[i] - lse) * dp[i];
+      const float delta = static_cast<float>(gate * mean_dp);
+      p.lse[row * hq + head] = lse;
+      p.delta[row * hq + head] = delta;
+      double* const dq_row = RowOf(p.dq, row, hq, head, dk);
+      for (int64_t i = begin; i < end; ++i) {
+        const double probability = std::exp(logits[i - begin] - lse);
+        const double ds = scale * probability * (gate * dp[i - begin] - delta);
+        const double* const k = RowOf(p.k, key(i), hkv, kv_head, dk);
+        double* const dk_row = &gradients->dk[key(i) * dk];
+        double* const dv_row = &gradients->dv[key(i) * dv];
+        for (int64_t c = 0; c < dk; ++c) dq_row[c] += ds * k[c];
+        for (int64_t c = 0; c < dk; ++c) dk_row[c] += ds * q[c];
+        for (int64_t c = 0; c < dv; ++c) dv_row[c] += gate * probability * d_o[c];
       }
     }
   }
@@ -150,9 +148,21 @@ Problem MakeProblem(Branch branch, const ReferenceConfig& config,
   p.dq.resize(p.q.size());
   p.dk.resize(p.k.size());
   p.dv.resize(p.v.size());
+  const int64_t hq = config.num_q_heads, hkv = config.num_kv_heads;
+  std::vector<HeadGradients> of_heads(hq);
   std::vector<std::thread> threads;
-  for (int64_t head = 0; head < config.num_kv_heads; ++head) threads.emplace_back(AttendGroup, head, &p);
+  for (int64_t h = 0; h < hq; ++h) threads.emplace_back(AttendHead, h, &p, &of_heads[h]);
   for (std::thread& thread : threads) thread.join();
+  const auto add = [&](const std::vector<double>& of_head, int64_t head, int64_t dim,
+                       std::vector<double>* sums) {
+    for (int64_t i = 0; i < static_cast<int64_t>(of_head.size()); ++i) {
+      (*sums)[(i / dim * hkv + head / (hq / hkv)) * dim + i % dim] += of_head[i];
+    }
+  };
+  for (int64_t h = 0; h < hq; ++h) {
+    add(of_heads[h].dk, h, config.head_dim_qk, &p.dk);
+    add(of_heads[h].dv, h, config.head_dim_v, &p.dv);
+  }
   return p;
 }
 
@@ -297,8 +307,7 @@ Gradients RunStage(const Problem& problem, Path path, const Layout& layout = {})
   const TestMemory query_segments(queries.segments.data(),
                                   queries.segments.size() * sizeof(Segment));
   const TestMemory key_segments(keys.segments.data(), keys.segments.size() * sizeof(Segment));
-  const TestMemory documents(problem.documents.data(),
-                             problem.documents.size() * sizeof(Document));
+  const TestMemory documents(problem.documents.data(), problem.documents.size() * sizeof(Document));
   const GradientMemory dk_own(keys.num_rows[0], hkv * dk, layout.adds);
   const GradientMemory dk_halo(keys.num_rows[1], hkv * dk, layout.adds);
   const GradientMemory dv_own(keys.num_rows[0], hkv * dv, layout.adds);
@@ -323,8 +332,8 @@ Gradients RunStage(const Problem& problem, Path path, const Layout& layout = {})
   gradients.dk.assign(problem.k.size(), 0.0);
   gradients.dv.assign(problem.v.size(), 0.0);
   for (int32_t head = 0; head < hkv; head += layout.one_kv_head_a_call ? 1 : hkv) {
-    const HeadRange kv_heads = {
-        head, layout.one_kv_head_a_call ? head + 1 : static_cast<int32_t>(hkv)};
+    const HeadRange kv_heads = {head,
+                                layout.one_kv_head_a_call ? head + 1 : static_cast<int32_t>(hkv)};
     const int64_t group_row = kv_heads.size() * hq / hkv * dk;
     const GradientMemory dq(t, group_row, layout.adds);
     scratch.Fill(kPoison);
@@ -421,7 +430,13 @@ class AttendBackwardTest : public ::testing::TestWithParam<std::tuple<Path, Bran
     const double tolerance = test::DefaultTolerance(dtype);
     const auto expect = [&](const char* name, const std::vector<double>& wanted,
                             const std::vector<double>& actual, int64_t dim) {
-      EXPECT_TRUE(test::Close(name, wanted, actual, dim, tolerance));
+      // Where queries see a single key, dS is a rounding error about zero.
+      const auto is_noise = [](double value) { return std::abs(value) < 1e-5; };
+      if (std::all_of(wanted.begin(), wanted.end(), is_noise)) {
+        EXPECT_TRUE(std::all_of(actual.begin(), actual.end(), is_noise)) << name;
+      } else {
+        EXPECT_TRUE(test::Close(name, wanted, actual, dim, tolerance));
+      }
     };
     expect("dq", problem.dq, out.dq, config.head_dim_qk);
     expect("dk", problem.dk, out.dk, config.head_dim_qk);
@@ -466,8 +481,8 @@ TEST_P(AttendBackwardTest, GroupSizes) {
 
 TEST_P(AttendBackwardTest, DocumentsOfAnyLength) {
   for (int64_t dim : {64, 128}) {
-    ExpectAgreement(Config(8, 2, dim, dim),
-                    {0, 1, 2, 33, 65, 97, 98, 161, 225, 290, 802, 818, 833}, DType::kF16, 3);
+    ExpectAgreement(Config(8, 2, dim, dim), {0, 1, 2, 33, 65, 97, 98, 161, 225, 290, 802, 818, 833},
+                    DType::kF16, 3);
     ExpectAgreement(Config(8, 2, dim, dim), {0, 1}, DType::kBF16, 4);
   }
 }
@@ -483,17 +498,17 @@ TEST_P(AttendBackwardTest, WindowsAndBlocks) {
     config.compress_block_tokens = sizes.l;
     config.compress_stride_tokens = sizes.d;
     config.select_block_tokens = 4 * sizes.d;
-    ExpectAgreement(config, {0, 700, 900}, DType::kF16, 5);
+    ExpectAgreement(config, {0, 400, 500}, DType::kF16, 5);
   }
 }
 
 // Several tiles of keys that a query sees whole.
 TEST_P(AttendBackwardTest, LongSequences) {
   for (auto [dk, dv] : {std::pair<int64_t, int64_t>{64, 64}, {128, 128}, {192, 128}}) {
-    ReferenceConfig config = Config(16, 2, dk, dv);
+    ReferenceConfig config = Config(8, 2, dk, dv);
     config.window_tokens = 300;
     config.compress_block_tokens = config.compress_stride_tokens = 16;
-    ExpectAgreement(config, {0, 3000}, DType::kBF16, 6);
+    ExpectAgreement(config, {0, 2300}, DType::kBF16, 6);
   }
 }
 
@@ -517,8 +532,7 @@ TEST_P(AttendBackwardTest, RunsAndCutsGiveTheSameBits) {
     ReferenceConfig config = Config(16, 2, dk, dv);
     config.window_tokens = 200;
     config.compress_block_tokens = config.compress_stride_tokens = 16;
-    const Problem problem =
-        MakeInputs(branch(), config, {0, 2300, 2400}, DType::kBF16, 10 + dk);
+    const Problem problem = MakeInputs(branch(), config, {0, 2300, 2400}, DType::kBF16, 10 + dk);
     const Gradients expected = RunHere(problem);
     if (HasFailure()) return;
     for (int i = 0; i < 5; ++i) {

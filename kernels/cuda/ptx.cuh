@@ -238,6 +238,16 @@ __device__ __forceinline__ uint32_t TransposeMatrix(uint32_t matrix) {
   return transposed;
 }
 
+// The reverse: matrix i, of which lane 4g + c has values 2c and 2c + 1 of row g, is stored with its
+// columns as rows.
+__device__ __forceinline__ void StoreMatricesTransposed(uint32_t address, uint32_t m0, uint32_t m1,
+                                                        uint32_t m2, uint32_t m3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+      : "memory");
+}
+
 // c [16,8] += a [16,16] * b [16,8]
 template <class T>
 __device__ __forceinline__ void MultiplyAdd(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,

@@ -70,38 +70,38 @@ __device__ __forceinline__ void WgmmaValues(float (&d)[64], uint32_t a0, uint32_
   }
 }
 
-// d [64,64] = a [16,64]^T * b [16,64], or += when `accumulate` is not 0; both in shared memory, a in
-// the layout of b.
+// d [64,64] = a [64,16] * b [16,64], or += when `accumulate` is not 0; both in shared memory, a as
+// wgmma.cuh has it.
 template <class T>
-__device__ __forceinline__ void WgmmaTransposed(float (&d)[32], uint64_t a, uint64_t b,
-                                                int32_t accumulate) {
+__device__ __forceinline__ void WgmmaSharedValues(float (&d)[32], uint64_t a, uint64_t b,
+                                                  int32_t accumulate) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NSA_OPERANDS_32
-        "}, %32, %33, add, 1, 1, 1, 1;\n}\n"
+        "}, %32, %33, add, 1, 1, 0, 1;\n}\n"
         : NSA_ACCUMULATORS_32(d, 0)
         : "l"(a), "l"(b), "r"(accumulate));
   } else {
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" NSA_OPERANDS_32
-        "}, %32, %33, add, 1, 1, 1, 1;\n}\n"
+        "}, %32, %33, add, 1, 1, 0, 1;\n}\n"
         : NSA_ACCUMULATORS_32(d, 0)
         : "l"(a), "l"(b), "r"(accumulate));
   }
 }
 
-// d [64,32] = a [16,64]^T * b [16,32]: half a panel of b.
+// d [64,32] = a [64,16] * b [16,32]: half a panel of b.
 template <class T>
-__device__ __forceinline__ void WgmmaTransposed(float (&d)[16], uint64_t a, uint64_t b,
-                                                int32_t accumulate) {
+__device__ __forceinline__ void WgmmaSharedValues(float (&d)[16], uint64_t a, uint64_t b,
+                                                  int32_t accumulate) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     asm volatile(
         "{\n.reg .pred add;\nsetp.ne.b32 add, %18, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-        "}, %16, %17, add, 1, 1, 1, 1;\n}\n"
+        "}, %16, %17, add, 1, 1, 0, 1;\n}\n"
         : NSA_ACCUMULATORS_8(d, 0), NSA_ACCUMULATORS_8(d, 8)
         : "l"(a), "l"(b), "r"(accumulate));
   } else {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void WgmmaTransposed(float (&d)[16], uint64_t a, uint
         "{\n.reg .pred add;\nsetp.ne.b32 add, %18, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-        "}, %16, %17, add, 1, 1, 1, 1;\n}\n"
+        "}, %16, %17, add, 1, 1, 0, 1;\n}\n"
         : NSA_ACCUMULATORS_8(d, 0), NSA_ACCUMULATORS_8(d, 8)
         : "l"(a), "l"(b), "r"(accumulate));
   }
