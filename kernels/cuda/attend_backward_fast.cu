@@ -969,9 +969,7 @@ cudaError_t LaunchAttendBackwardFast(const AttendBackwardArgs& args, const Chunk
   const Queries& queries = args.queries;
   const WorkLists lists = CarveLists(args.dims, queries.num_tokens, queries.num_segments,
                                      queries.kv_heads.size(), limits, scratch);
-  TensorMaps maps;
-  cudaError_t error = MakeTensorMaps(args, lists.tile_queries, &maps);
-  if (error != cudaSuccess) return error;
+  cudaError_t error = cudaSuccess;
   if (!args.queries_gradients.adds) {
     const size_t num_bytes = sizeof(float) * queries.num_tokens * queries.kv_heads.size() *
                              GroupSize(args.dims) * args.dims.head_dim_qk;
@@ -984,6 +982,10 @@ cudaError_t LaunchAttendBackwardFast(const AttendBackwardArgs& args, const Chunk
     error = cudaGetLastError();
     if (error != cudaSuccess) return error;
   }
+  if (queries.num_tokens == 0) return cudaSuccess;
+  TensorMaps maps;
+  error = MakeTensorMaps(args, lists.tile_queries, &maps);
+  if (error != cudaSuccess) return error;
   error = cudaMemsetAsync(scratch, 0, lists.zeroed_bytes, stream);
   if (error != cudaSuccess) return error;
   const auto list = ListChunksKernel;

@@ -299,8 +299,8 @@ Gradients RunStage(const Problem& problem, Path path, const Layout& layout = {})
   const DeviceRows k(dims.dtype, problem.k, 0, hkv * dk, layout.row_padding, keys);
   const DeviceRows v(dims.dtype, problem.v, 0, hkv * dv, layout.row_padding, keys);
   const auto statistics = [&](const std::vector<float>& values) {
-    return Upload(Scatter(reinterpret_cast<const std::byte*>(&values[first * hq]), hq * 4, hq * 4,
-                          queries, false));
+    return Upload(Scatter(reinterpret_cast<const std::byte*>(values.data() + first * hq), hq * 4,
+                          hq * 4, queries, false));
   };
   const TestMemory lse = statistics(problem.lse), gate = statistics(problem.gate);
   const TestMemory delta = statistics(problem.delta);
@@ -516,6 +516,13 @@ TEST_P(AttendBackwardTest, AddsToWhatIsThere) {
   for (int64_t dk : {128, 256}) {
     ExpectAgreement(Config(8, 2, dk, 128), {0, 300, 500}, DType::kBF16, 8, {.adds = true});
   }
+}
+
+TEST_P(AttendBackwardTest, KeysWithoutQueriesGetZeros) {
+  const Problem problem = MakeInputs(branch(), Config(8, 2, 128, 128), {0, 300}, DType::kBF16, 9);
+  const Gradients out = RunHere(problem, {.query_begin = 300});
+  EXPECT_EQ(out.dk, std::vector<double>(problem.k.size()));
+  EXPECT_EQ(out.dv, std::vector<double>(problem.v.size()));
 }
 
 TEST_P(AttendBackwardTest, LayoutsGiveTheSameValues) {
