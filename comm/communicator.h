@@ -67,8 +67,10 @@ struct GatherList {
 //   Gather       waits for the Publish of the ranks it reads, copies their records
 //   Release      this rank reads no more in this epoch
 // Each rank goes through the four in this order (any number of Gathers, also none); a call out of
-// order is InvalidArgument. A window must be destroyed before its communicator. Destruction is
-// local and counts as Release, of this epoch and of all that others go on to.
+// order is InvalidArgument. Between its Publish and its Release a rank makes no collective call,
+// nor begins an epoch of another window: where ranks cannot load each other's memory, Gather and
+// Release are where it serves others. A window must be destroyed before its communicator.
+// Destruction is local and counts as Release, of this epoch and of all that others go on to.
 class Window {
  public:
   virtual ~Window() = default;

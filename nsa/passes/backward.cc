@@ -93,12 +93,15 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
   for (int32_t head = 0; head < dims.num_kv_heads; head += heads_a_piece, ++num_pieces) {
     kernels::Queries piece = queries;
     piece.kv_heads = {head, std::min(head + heads_a_piece, dims.num_kv_heads)};
-    // 6. Distinct remote (block, kv head) pairs of the piece -> slots
+    // 6. Distinct remote (block, kv head) pairs of the piece -> slots. An epoch of its own: no
+    // other collective may come between a Gather and its Release where windows are read in packs.
+    NSA_RETURN_IF_ERROR(context.Fork(stream));
+    if (num_pieces > 0) NSA_RETURN_IF_ERROR(PublishAgain(context, context.beside->get()));
     if (fetches) {
-      NSA_RETURN_IF_ERROR(context.Fork(stream));
       NSA_RETURN_IF_ERROR(
           FetchBlocks(context, piece, block_indices, 0, num_pieces, context.beside->get()));
     }
+    NSA_RETURN_IF_ERROR(context.records->Release(context.beside->get()));
 
     // 7'. Beside the fetch, the window: dq [T,G*h,Dk], dk, dv of the piece's heads of [T+H,Hkv,D]
     {
@@ -118,8 +121,8 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
                                         .scratch = context.Buffer(kBackwardScratchBuffer)},
                                        stream));
     }
-    // What is enqueued beside is also the return of the piece before.
-    if (fetches || returns) NSA_RETURN_IF_ERROR(context.Join(stream));
+    // Also with the return of the piece before.
+    NSA_RETURN_IF_ERROR(context.Join(stream));
 
     // 7'. The selected blocks: dq, gradients of own records and of slots
     {
@@ -177,7 +180,6 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
   }
   if (returns) NSA_RETURN_IF_ERROR(context.Join(stream));
   context.stats.set_query_pieces(num_pieces);
-  NSA_RETURN_IF_ERROR(context.records->Release(stream));
 
   // 3'. d_summaries of all ranks' queries -> those of own blocks
   NSA_RETURN_IF_ERROR(ReduceSummaryGradients(context, stream));

@@ -37,6 +37,11 @@ absl::Status PublishBlocks(PassContext& context, const BranchTokens& tokens, voi
   return context.records->Publish(stream);
 }
 
+absl::Status PublishAgain(PassContext& context, void* stream) {
+  NSA_RETURN_IF_ERROR(context.records->BeginWrite(stream));
+  return context.records->Publish(stream);
+}
+
 absl::Status FetchBlocks(PassContext& context, const kernels::Queries& queries,
                          const int32_t* block_indices, int64_t query_begin, int piece,
                          void* stream) {
@@ -106,8 +111,6 @@ absl::Status ReturnSlotGradients(PassContext& context, kernels::HeadRange kv_hea
   const int64_t record_bytes = RecordGradientBytes(dims);
   const int64_t table = dims.num_kv_heads * num_blocks;  // of one rank's locations
   auto* const locations = context.Buffer<int32_t>(kLocationsBuffer);
-  NSA_RETURN_IF_ERROR(context.slot_gradients->Publish(stream));
-
   std::vector<comm::GatherRun> runs;
   for (int rank = 0; rank < num_ranks; ++rank) {
     runs.push_back(
@@ -116,6 +119,7 @@ absl::Status ReturnSlotGradients(PassContext& context, kernels::HeadRange kv_hea
          .num_bytes = kv_heads.size() * num_blocks * int64_t{sizeof(int32_t)}});
   }
   NSA_RETURN_IF_ERROR(context.communicator->AllGather(locations, runs, stream));
+  NSA_RETURN_IF_ERROR(context.slot_gradients->Publish(stream));
 
   const int64_t capacity = kv_heads.size() * context.rank_plan.num_own_slc_blocks;
   auto* const offsets = context.Buffer<int64_t>(kReturnListBuffer);

@@ -17,6 +17,9 @@ constexpr int32_t kSmsOfFetch = 16;
 // Packs own blocks into the window of records and lets peers read them.
 absl::Status PublishBlocks(PassContext& context, const BranchTokens& tokens, void* stream);
 
+// Begins another epoch of the same records.
+absl::Status PublishAgain(PassContext& context, void* stream);
+
 // Brings the distinct remote blocks that `queries` from query_begin on select into slots, of as
 // many queries as the fetch budget allows: of all, when it holds every block that their kv heads
 // can select. `piece` numbers the fetches of a call whose counters are kept. `stream`: beside the
