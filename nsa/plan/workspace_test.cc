@@ -36,7 +36,7 @@ TEST(WorkspaceTest, BuffersFollowOneAnotherAlignedAndDisjoint) {
                           {32768, 1000}, 1 << 30);
   ASSERT_TRUE(layout.ok()) << layout.status();
   int64_t end = 0;
-  for (int i = 0; i < kNumWorkspaceBuffers; ++i) {
+  for (int i = 0; i < kFirstBackwardBuffer; ++i) {
     EXPECT_EQ(layout->offset[i] % 256, 0);
     EXPECT_GE(layout->offset[i], end);
     end = layout->offset[i] + layout->num_bytes[i];
@@ -48,6 +48,33 @@ TEST(WorkspaceTest, BuffersFollowOneAnotherAlignedAndDisjoint) {
   EXPECT_EQ(layout->kv_heads_a_piece, 4);
   EXPECT_EQ(layout->num_bytes[kScoreScratchBuffer], 1000);
   EXPECT_EQ(layout->window_bytes, 16 * 4 * 32768);
+}
+
+TEST(WorkspaceTest, BackwardTakesThePlaceOfTheForward) {
+  const Planned p = Plan(2, 4096, 4);
+  const auto dims = MakeDims(p.config, DType::kBF16);
+  const int32_t heads = BackwardHeadsAPiece(dims, p.rank_plan, 32768, 70 * 32768);
+  EXPECT_EQ(heads, 2) << "of 32 remote blocks each";
+  EXPECT_EQ(BackwardHeadsAPiece(dims, p.rank_plan, 32768, 31 * 32768), 0);
+  const auto layout = MakeWorkspaceLayout(dims, p.rank_plan, p.blocks, 0, {32768, 1000, 2000},
+                                          70 * 32768, {.kv_heads_a_piece = heads});
+  ASSERT_TRUE(layout.ok()) << layout.status();
+  EXPECT_EQ(layout->offset[kFirstBackwardBuffer], layout->offset[kFirstForwardBuffer]);
+  int64_t end = layout->offset[kFirstBackwardBuffer];
+  for (int i = kFirstBackwardBuffer; i < kNumWorkspaceBuffers; ++i) {
+    EXPECT_EQ(layout->offset[i] % 256, 0);
+    EXPECT_GE(layout->offset[i], end);
+    end = layout->offset[i] + layout->num_bytes[i];
+    EXPECT_STRNE(NameOf(static_cast<WorkspaceBuffer>(i)), "");
+  }
+  EXPECT_GE(layout->total_bytes, end);
+  const int64_t gradient_bytes = RecordGradientBytes(dims);
+  EXPECT_EQ(gradient_bytes, 64 * (128 + 128) * 4);
+  EXPECT_EQ(layout->slot_gradients_bytes, 2 * 32 * gradient_bytes);
+  EXPECT_EQ(layout->num_bytes[kRecordGradientsBuffer], 4 * 16 * gradient_bytes);
+  EXPECT_EQ(layout->num_bytes[kReturnedBuffer], 2 * 16 * gradient_bytes);
+  EXPECT_EQ(layout->num_bytes[kQueryGradientsBuffer], 1024 * 2 * 16 * 128 * 4);
+  EXPECT_EQ(layout->num_bytes[kBackwardScratchBuffer], 2000);
 }
 
 TEST(WorkspaceTest, FetchBudgetBoundsTheSlots) {
