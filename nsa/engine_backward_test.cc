@@ -38,7 +38,8 @@ class EngineBackwardTest : public EngineTest {
   }
   template <typename Spoil>
   void ExpectBackwardFails(const std::string& part, Spoil spoil) {
-    ExpectFails(absl::StatusCode::kInvalidArgument, part, [this] { return Backward(); }, spoil);
+    ExpectFails(
+        absl::StatusCode::kInvalidArgument, part, [this] { return Backward(); }, spoil);
   }
 };
 
@@ -147,12 +148,14 @@ TEST_F(EngineBackwardTest, CompressorGradients) {
     rank.inputs.compress_k = rank.inputs.compress_v = params(8);
     rank.gradients.dcompress_k.w1 =
         Tensor(gradients[2 * rank.rank].data(), DType::kF32, {1, 8, 32 * 64});
-    rank.gradients.dcompress_v.b1 = Tensor(gradients[2 * rank.rank + 1].data(), DType::kF32, {1, 8});
+    rank.gradients.dcompress_v.b1 =
+        Tensor(gradients[2 * rank.rank + 1].data(), DType::kF32, {1, 8});
   }
   CreateAndForward();
-  ExpectBackwardFails("rank 1: compress_k.w1.shape[1] = 9: must be at most "
-                      "EngineOptions::max_hidden_width = 8",
-                      [&](Rank& r) { r.inputs.compress_k = params(9); });
+  ExpectBackwardFails(
+      "rank 1: compress_k.w1.shape[1] = 9: must be at most "
+      "EngineOptions::max_hidden_width = 8",
+      [&](Rank& r) { r.inputs.compress_k = params(9); });
   ExpectBackwardFails("rank 1: dcompress_k.w1: must be f32 of the parameter's shape [1,8,2048]",
                       [](Rank& r) { r.gradients.dcompress_k.w1.shape[1] = 7; });
   ExpectBackwardFails("rank 1: dcompress_v.b1: must be f32",
@@ -207,7 +210,8 @@ TEST_F(EngineBackwardTest, SaveOptionsAndMemoryOfOneRank) {
    public:
     using DelegatingKernels::DelegatingKernels;
     absl::StatusOr<std::unique_ptr<kernels::Memory>> Allocate(int64_t num_bytes) override {
-      return DelegatingKernels::Allocate(std::exchange(is_out, false) ? num_bytes << 30 : num_bytes);
+      return DelegatingKernels::Allocate(std::exchange(is_out, false) ? num_bytes << 30
+                                                                      : num_bytes);
     }
     bool is_out = false;  // for the next time
   };
@@ -215,8 +219,9 @@ TEST_F(EngineBackwardTest, SaveOptionsAndMemoryOfOneRank) {
   ranks_[1].kernels = no_memory;
   CreateAndForward();
   const auto create = [this] { return CreateSaved(); };
-  ExpectFails(absl::StatusCode::kInvalidArgument, "keep_summaries: rank 1 has false, rank 0 has true",
-              create, [](Rank& r) { r.save_options.keep_summaries = false; });
+  ExpectFails(absl::StatusCode::kInvalidArgument,
+              "keep_summaries: rank 1 has false, rank 0 has true", create,
+              [](Rank& r) { r.save_options.keep_summaries = false; });
   ExpectFails(absl::StatusCode::kResourceExhausted, "rank 1: ", create,
               [&](Rank&) { no_memory->is_out = true; });
 }

@@ -148,7 +148,8 @@ class EngineTest : public ::testing::Test {
   }
   template <typename Spoil>
   void ExpectForwardFails(const std::string& part, Spoil spoil) {
-    ExpectFails(absl::StatusCode::kInvalidArgument, part, [this] { return Forward(); }, spoil);
+    ExpectFails(
+        absl::StatusCode::kInvalidArgument, part, [this] { return Forward(); }, spoil);
   }
 
   std::vector<Rank> ranks_;

@@ -1,5 +1,5 @@
-// A rank that is killed or stopped in the middle of a forward or of a backward: the others end with an error that
-// names it, in time, and nobody hangs.
+// A rank that is killed or stopped in the middle of a forward or of a backward: the others end with
+// an error that names it, in time, and nobody hangs.
 #include <signal.h>
 
 #include "comm/conformance/launch.h"
@@ -99,15 +99,18 @@ std::string NameOf(const ::testing::TestParamInfo<Fault>& info) {
   return name;
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Forward, FaultsTest,
-    ::testing::Values(
-        Fault{kForward, 2, "agree", SIGKILL}, Fault{kForward, 2, "halo", SIGKILL},
-        Fault{kForward, 0, "compress", SIGKILL}, Fault{kForward, 3, "all-gather", SIGKILL},
-        Fault{kForward, 1, "window", SIGKILL}, Fault{kForward, 0, "fetch", SIGKILL},
-        Fault{kForward, 2, "attend+gate", SIGKILL}, Fault{kForward, 2, "halo", SIGSTOP},
-        Fault{kForward, 0, "all-gather", SIGSTOP}, Fault{kForward, 1, "fetch", SIGSTOP}),
-    NameOf);
+INSTANTIATE_TEST_SUITE_P(Forward, FaultsTest,
+                         ::testing::Values(Fault{kForward, 2, "agree", SIGKILL},
+                                           Fault{kForward, 2, "halo", SIGKILL},
+                                           Fault{kForward, 0, "compress", SIGKILL},
+                                           Fault{kForward, 3, "all-gather", SIGKILL},
+                                           Fault{kForward, 1, "window", SIGKILL},
+                                           Fault{kForward, 0, "fetch", SIGKILL},
+                                           Fault{kForward, 2, "attend+gate", SIGKILL},
+                                           Fault{kForward, 2, "halo", SIGSTOP},
+                                           Fault{kForward, 0, "all-gather", SIGSTOP},
+                                           Fault{kForward, 1, "fetch", SIGSTOP}),
+                         NameOf);
 
 INSTANTIATE_TEST_SUITE_P(Backward, FaultsTest,
                          ::testing::Values(Fault{kBackward, 2, "gate backward", SIGKILL},
