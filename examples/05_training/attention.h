@@ -42,9 +42,7 @@ struct AttentionArrays {
   Array pe_v;      // [1,l,D]
   Array o;         // [T,Hq,D]
 
-  std::vector<Array*> Inputs() {
-    return {&q, &k, &v, &gate, &weight_k, &pe_k, &weight_v, &pe_v};
-  }
+  std::vector<Array*> Inputs() { return {&q, &k, &v, &gate, &weight_k, &pe_k, &weight_v, &pe_v}; }
 };
 
 class Attention {
