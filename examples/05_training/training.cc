@@ -86,10 +86,9 @@ absl::Status Train(const tools::RankContext& context) {
     mean.loss += score->loss / kNumTestSequences;
     mean.accuracy += score->accuracy / kNumTestSequences;
   }
-  if (first) {
-    std::cout << absl::StrFormat("new sequences: loss %8.6f  accuracy %5.1f %% of %d answers\n",
-                                 mean.loss, 100 * mean.accuracy, kNumTestSequences * kNumKeys);
-  }
+  if (!first) return absl::OkStatus();
+  std::cout << absl::StrFormat("new sequences: loss %8.6f  accuracy %5.1f %% of %d answers\n",
+                               mean.loss, 100 * mean.accuracy, kNumTestSequences * kNumKeys);
   if (mean.loss < kMostLoss) return absl::OkStatus();
   return absl::InternalError(absl::StrCat("has not learned to recall: loss of new sequences = ",
                                           mean.loss, ", must be below ", kMostLoss));
