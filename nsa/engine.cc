@@ -19,6 +19,8 @@
 namespace nsa {
 namespace {
 
+constexpr int64_t kMaxHiddenWidth = int64_t{1} << 20;
+
 class EngineImpl final : public Engine {
  public:
   explicit EngineImpl(std::unique_ptr<PassContext> context) : context_(std::move(context)) {}
@@ -209,6 +211,10 @@ absl::Status CheckOptions(const EngineOptions& options, const ShardPlan& plan,
       options.dtype != DType::kF16) {
     return absl::InvalidArgumentError(
         absl::StrCat("dtype = ", static_cast<int>(options.dtype), ": must be f32, bf16 or f16"));
+  }
+  if (options.max_hidden_width < 0 || options.max_hidden_width > kMaxHiddenWidth) {
+    return absl::InvalidArgumentError(absl::StrCat("max_hidden_width = ", options.max_hidden_width,
+                                                   ": must lie in [0, ", kMaxHiddenWidth, "]"));
   }
   if (plan.num_ranks() != communicator.size()) {
     return absl::InvalidArgumentError(absl::StrCat("shard plan: num_ranks = ", plan.num_ranks(),

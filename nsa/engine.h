@@ -42,7 +42,7 @@ struct EngineOptions {
   // Take the memory of Backward as well. The fetch budget must then hold the remote blocks of at
   // least one kv head.
   bool has_backward = false;
-  // Of the MLP compressors that Backward may be given, the largest hidden width F.
+  // Of the MLP compressors that Backward may be given, the largest hidden width F; at most 2^20.
   int64_t max_hidden_width = 0;
   // Measure when each stage ran, for LastStats and GatherStats. Costs about a percent of a call of
   // 8k tokens on a GPU.

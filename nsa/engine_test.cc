@@ -1,127 +1,13 @@
 // What goes wrong on one rank is an error on all of them, and none is left waiting.
-#include "nsa/engine.h"
-
 #include <cmath>
-#include <thread>
 
-#include "comm/loopback/loopback.h"
-#include "gmock/gmock.h"
-#include "gtest/gtest.h"
-#include "kernels/cpu/cpu_kernels.h"
+#include "nsa/engine_testlib.h"
 #include "tests/testing/delegating_kernels.h"
 
 namespace nsa {
 namespace {
 
 using ::testing::HasSubstr;
-
-constexpr int kRanks = 3;
-constexpr int64_t kTokens = 200;
-
-NsaConfig SmallConfig() {
-  NsaConfig config;
-  config.num_q_heads = 4;
-  config.num_kv_heads = 2;
-  config.head_dim_qk = config.head_dim_v = 64;
-  config.num_selected_blocks = 3;
-  config.window_tokens = 40;
-  return config;
-}
-
-// What one rank does, with its own copies of everything that a test may spoil.
-struct Rank {
-  explicit Rank(int rank) : rank(rank) { options.config = SmallConfig(); }
-
-  int rank;
-  EngineOptions options;
-  std::string sharding = "contiguous";
-  std::shared_ptr<comm::Communicator> communicator;
-  std::shared_ptr<kernels::Kernels> kernels;
-  absl::Status create_status;
-  std::unique_ptr<Engine> engine;
-  // Dense zeros of the right shapes, once the engine exists.
-  std::vector<std::vector<uint16_t>> memory;
-  std::vector<float> gate;
-  ForwardInputs inputs;
-  ForwardOutputs outputs;
-
-  void Create() {
-    auto plan = ShardPlan::Parse(sharding, kTokens, kRanks);
-    auto created = Engine::Create(options, *plan, communicator, kernels);
-    create_status = created.status();
-    if (!created.ok()) return;
-    engine = *std::move(created);
-    const int64_t tokens = engine->shard_plan().TokensOfRank(rank);
-    auto make = [&](int64_t heads) {
-      memory.emplace_back(tokens * heads * 64, uint16_t{0x3c00});
-      return Tensor(memory.back().data(), DType::kBF16, {tokens, heads, 64});
-    };
-    inputs.q = make(4);
-    for (ConstTensor* t : {&inputs.k_cmp, &inputs.v_cmp, &inputs.k_slc, &inputs.v_slc,
-                           &inputs.k_win, &inputs.v_win}) {
-      *t = make(2);
-    }
-    gate.resize(tokens * 4 * 3, 0.5f);
-    inputs.gate = ConstTensor(gate.data(), DType::kF32, {tokens, 4, 3});
-    outputs.o = make(4);
-  }
-};
-
-class EngineTest : public ::testing::Test {
- protected:
-  void SetUp() override {
-    auto group = comm::LoopbackGroup::Create(kRanks, {.timeout = absl::Seconds(20)});
-    ASSERT_TRUE(group.ok()) << group.status();
-    for (int r = 0; r < kRanks; ++r) {
-      ranks_.emplace_back(r);
-      ranks_.back().communicator = std::move((*group)[r]);
-      ranks_.back().kernels = *kernels::CpuKernels::Create({.num_threads = 1});
-    }
-  }
-
-  template <typename Do>
-  void OnEachRank(Do action) {
-    std::vector<std::thread> threads;
-    for (Rank& rank : ranks_) threads.emplace_back([&rank, &action] { action(rank); });
-    for (std::thread& thread : threads) thread.join();
-  }
-  void Create() {
-    OnEachRank([](Rank& rank) { rank.Create(); });
-  }
-  std::vector<absl::Status> Forward() {
-    std::vector<absl::Status> statuses(kRanks);
-    OnEachRank([&statuses](Rank& rank) {
-      statuses[rank.rank] = rank.engine->Forward(rank.inputs, rank.outputs);
-    });
-    return statuses;
-  }
-  void ExpectCreateFails(absl::StatusCode code, const std::string& part) {
-    Create();
-    for (const Rank& rank : ranks_) {
-      EXPECT_EQ(rank.create_status.code(), code) << rank.create_status;
-      EXPECT_THAT(std::string(rank.create_status.message()), HasSubstr(part));
-      EXPECT_EQ(rank.create_status, ranks_[0].create_status) << "the same on every rank";
-    }
-  }
-  // Spoils the inputs of rank 1, expects the error everywhere, and that the engine goes on
-  // afterwards.
-  template <typename Spoil>
-  void ExpectForwardFails(const std::string& part, Spoil spoil) {
-    SCOPED_TRACE(part);
-    const ForwardInputs inputs = ranks_[1].inputs;
-    const ForwardOutputs outputs = ranks_[1].outputs;
-    spoil(ranks_[1]);
-    for (const absl::Status& status : Forward()) {
-      EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
-      EXPECT_THAT(std::string(status.message()), HasSubstr(part));
-    }
-    ranks_[1].inputs = inputs;
-    ranks_[1].outputs = outputs;
-    for (const absl::Status& status : Forward()) EXPECT_TRUE(status.ok()) << status;
-  }
-
-  std::vector<Rank> ranks_;
-};
 
 TEST_F(EngineTest, DifferentConfigsAreAnErrorOnEveryRank) {
   ranks_[2].options.config.num_selected_blocks = 4;

@@ -1,8 +1,9 @@
 // One rank of a forward over several hosts, started as a user starts it. Computes the same on one
 // rank by itself and compares its rows bit for bit.
 //
-// With --forwards=N it says "forward I" before each of N forwards, so that a test may cut a link in
-// the middle. The last line of output is "rank R: OK" or "rank R: <status>".
+// With --forwards=N it says "forward I" before each of N forwards, and with --backwards=N "backward
+// I" in each of N backwards, so that a test may cut a link in the middle. The last line of output
+// is "rank R: OK" or "rank R: <status>".
 #include <cstdlib>
 #include <cstring>
 #include <iostream>
@@ -10,10 +11,12 @@
 #include "absl/flags/flag.h"
 #include "absl/strings/str_cat.h"
 #include "tests/testing/sharded.h"
+#include "tests/testing/sharded_backward.h"
 #include "tools/launch/flags.h"
 #include "tools/launch/launch.h"
 
 ABSL_FLAG(int, forwards, 1, "how many forwards to run");
+ABSL_FLAG(int, backwards, 0, "how many backwards to run, after the forwards have been compared");
 ABSL_FLAG(std::string, sharding, "zigzag", "see ShardPlan::Parse");
 
 namespace nsa::test {
@@ -59,7 +62,22 @@ absl::Status RunAndCompare(const tools::RankContext& context) {
   if (!status.ok()) return status;
   CopyRowsOfOthers(*plan, rank, expected, actual);
   const auto same = SameOutputs(problem, expected, actual);
-  return same ? absl::OkStatus() : absl::DataLossError(same.message());
+  if (!same) return absl::DataLossError(same.message());
+
+  const int num_backwards = absl::GetFlag(FLAGS_backwards);
+  if (num_backwards == 0) return absl::OkStatus();
+  RunOptions backward_options;
+  int backwards = 0;
+  backward_options.on_stage = [&backwards](absl::string_view stage) {
+    if (stage == "gate backward") {
+      std::cout << absl::StrCat("backward ", backwards++, "\n") << std::flush;
+    }
+  };
+  GlobalGradients gradients(problem, context.communicator->size(), DType::kF32);
+  // Any numbers will do for d_o: q has its shape.
+  return RunRankBackward(problem, /*d_o=*/problem.inputs.q, *plan, backward_options,
+                         {.num_accumulated = num_backwards}, context.communicator, context.kernels,
+                         &actual, &gradients);
 }
 
 absl::Status Run(const tools::RankContext& context) {

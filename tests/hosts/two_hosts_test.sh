@@ -2,7 +2,8 @@
 # Two hosts of two ranks each: network namespaces joined by a veth pair, UCX over TCP between them.
 #   1. started by the environment that torchrun sets, bits compared with one host
 #   2. started by mpirun with a launch agent, bits compared with one host
-#   3. the link is cut in the middle of a forward: every rank ends with an error that says why
+#   3. the link is cut in the middle of a forward, and of a backward: every rank ends with an error
+#      that says why
 # Needs root and iproute2; says so and skips where it may not make namespaces.
 set -uo pipefail
 rank_main=$PWD/$1
@@ -33,11 +34,14 @@ for i in 0 1; do
   ip -n "${hosts[$i]}" link set lo up
 done
 # The kernel takes a moment to call a new link running; UCX passes over one that is not.
-for _ in $(seq 100); do
-  ip -n "${hosts[0]}" link show veth-a | grep -q "state UP" &&
-    ip -n "${hosts[1]}" link show veth-b | grep -q "state UP" && break
-  sleep 0.1
-done
+await_link() {
+  for _ in $(seq 100); do
+    ip -n "${hosts[0]}" link show veth-a | grep -q "state UP" &&
+      ip -n "${hosts[1]}" link show veth-b | grep -q "state UP" && break
+    sleep 0.1
+  done
+}
+await_link
 
 # The ranks of one machine must not find each other through its shared memory.
 export UCX_TLS=tcp,self UCX_LOG_LEVEL=fatal
@@ -83,23 +87,28 @@ OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 timeout 60 \
   "$rank_main" --backend=ucx --timeout_s=30 >"$folder/mpi.out" 2>&1 </dev/null
 for rank in 0 1 2 3; do expect "rank $rank has the bits of one host" "rank $rank: OK" "$folder/mpi.out"; done
 
-echo "=== the link is cut"
-for rank in 0 1 2 3; do start_rank "$rank" --timeout_s=5 --forwards=100000; done
-for _ in $(seq 100); do
-  grep -q "forward 3" "$folder/3.out" && break
-  sleep 0.1
+for pass in forward backward; do
+  echo "=== the link is cut in a $pass"
+  ip -n "${hosts[0]}" link set veth-a up
+  await_link
+  for rank in 0 1 2 3; do start_rank "$rank" --timeout_s=5 "--${pass}s=100000"; done
+  for _ in $(seq 100); do
+    grep -q "$pass 3" "$folder/3.out" && break
+    sleep 0.1
+  done
+  ip -n "${hosts[0]}" link set veth-a down
+  start=$SECONDS
+  wait
+  elapsed=$((SECONDS - start))
+  for rank in 0 1 2 3; do
+    expect "rank $rank was in a $pass" "$pass 3" "$folder/$rank.out"
+    expect "rank $rank says what it waited for" \
+      "rank $rank: DEADLINE_EXCEEDED: .*rank [0-3] waited .* for rank" "$folder/$rank.out"
+  done
+  cat "$folder"/?.out | grep -a "^rank"
+  if ((elapsed > 20)); then
+    echo "FAILED: ranks took $elapsed s to notice, with a deadline of 5 s"
+    failed=1
+  fi
 done
-ip -n "${hosts[0]}" link set veth-a down
-start=$SECONDS
-wait
-elapsed=$((SECONDS - start))
-for rank in 0 1 2 3; do
-  expect "rank $rank says what it waited for" \
-    "rank $rank: DEADLINE_EXCEEDED: .*rank [0-3] waited .* for rank" "$folder/$rank.out"
-done
-cat "$folder"/?.out | grep -a "^rank"
-if ((elapsed > 20)); then
-  echo "FAILED: ranks took $elapsed s to notice, with a deadline of 5 s"
-  failed=1
-fi
 exit "$failed"
