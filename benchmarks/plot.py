@@ -131,8 +131,10 @@ def main():
         ours = figures.select(file["results"], "nsa", shape, name)
         dense = figures.select(file["results"], "dense", shape, name)
         prefix = args.file.stem + ("" if name == "forward" else f"-{name}")
-        for plot, figure in (("time", draw_time(ours, dense, name)),
-                             ("efficiency", draw_efficiency(ours)), ("stages", draw_stages(ours))):
+        plots = {"time": draw_time(ours, dense, name), "efficiency": draw_efficiency(ours)}
+        if name != "step":  # whose stages are those of its backward
+            plots["stages"] = draw_stages(ours)
+        for plot, figure in plots.items():
             figure.suptitle(f"NSA {name}, {file['gpu']}, {file['date']}")
             for suffix in ("svg", "png"):
                 path = folder / f"{prefix}-{plot}.{suffix}"
