@@ -68,11 +68,10 @@ absl::StatusOr<ReferenceGradients> Backward(const ReferenceConfig& config,
                                             const std::vector<double>& d_o, int num_threads,
                                             Rounding summary_rounding) {
   // Checks all but what only the gradients need.
-  const auto forward =
-      Forward(config, inputs,
-              {.summary_rounding = summary_rounding,
-               .given_block_indices = &block_indices,
-               .num_threads = num_threads});
+  const auto forward = Forward(config, inputs,
+                               {.summary_rounding = summary_rounding,
+                                .given_block_indices = &block_indices,
+                                .num_threads = num_threads});
   if (!forward.ok()) return forward.status();
   const ReferenceOutputs& out = *forward;
   const int64_t s = inputs.cu_seqlens.back();
