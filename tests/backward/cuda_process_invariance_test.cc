@@ -1,5 +1,7 @@
 // The backward by ranks as processes with a GPU each, over NCCL: dq and dgate are those of one rank
 // bit for bit, the other gradients up to the order of sums; and a second run gives the same bits.
+#include <cuda_runtime_api.h>
+
 #include <memory>
 #include <set>
 #include <string>
@@ -9,11 +11,13 @@
 #include "absl/strings/str_cat.h"
 #include "comm/conformance/gpus.h"
 #include "comm/conformance/launch.h"
+#include "comm/cuda_status.h"
 #include "comm/nccl/test_group.h"
 #include "gtest/gtest.h"
 #include "kernels/cuda/cuda_kernels.h"
 #include "tests/testing/compare.h"
 #include "tests/testing/gradient_check.h"
+#include "tests/testing/local_tensor.h"
 #include "tests/testing/sharded_backward.h"
 
 namespace nsa::test {
@@ -25,6 +29,12 @@ using G = GlobalGradients;
 
 constexpr absl::Duration kLimit = absl::Seconds(120);  // of a group of processes
 constexpr int64_t kOneKvHead = 79;                     // records: of two kv heads those of one fit
+
+Problem TestProblem() {
+  return RandomProblem(
+      {.num_q_heads = 32, .num_kv_heads = 2, .head_dim_qk = 128, .head_dim_v = 128},
+      {0, 500, 501, 6000}, {.dtype = DType::kBF16}, 1);
+}
 
 struct Variant {
   std::string sharding;
@@ -117,6 +127,91 @@ TEST(CudaBackwardProcessTest, GradientsAreThoseOfOneRank) {
             << G::Name(field);
       }
     }
+  }
+}
+
+// dq [T,Hq,Dk] of a step, forward and backward, by a call and by two replays of one that was
+// captured.
+absl::Status CallAndReplay(const Problem& problem, const Bytes& d_o, int rank, int size, int port) {
+  auto communicator = comm::nccl::CreateOnThisHost("graph", rank, size, port, {});
+  if (!communicator.ok()) return communicator.status();
+  auto created = kernels::CudaKernels::Create({.device = rank});
+  if (!created.ok()) return created.status();
+  const std::shared_ptr<kernels::Kernels> kernels = *std::move(created);
+  const ShardPlan plan =
+      *ShardPlan::Parse("zigzag", problem.num_tokens(), size, problem.cu_seqlens);
+  auto forward = RankForward::Create(problem, plan, {.only_o = true, .has_backward = true},
+                                     *std::move(communicator), kernels);
+  if (!forward.ok()) return forward.status();
+  Engine& engine = (*forward)->engine();
+  const std::vector<int64_t>& rows = (*forward)->rows();
+  const auto tokens = static_cast<int64_t>(rows.size());
+  const int64_t hq = problem.config.num_q_heads;
+  auto local_d_o =
+      LocalTensor::Create(*kernels, DType::kBF16, {tokens, hq, problem.config.head_dim_v});
+  auto dq = LocalTensor::Create(*kernels, DType::kF32, {tokens, hq, problem.config.head_dim_qk});
+  auto saved = engine.CreateSavedForward();
+  for (const absl::Status& status : {local_d_o.status(), dq.status(), saved.status()}) {
+    if (!status.ok()) return status;
+  }
+  absl::Status status = local_d_o->Load(*kernels, d_o.data(), rows);
+  if (!status.ok()) return status;
+  Gradients gradients;
+  gradients.dq = dq->view();
+  cudaStream_t stream;
+  NSA_COMM_CUDA_OK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const auto step = [&]() -> absl::Status {
+    absl::Status s =
+        engine.Forward((*forward)->inputs(), (*forward)->outputs(), stream, saved->get());
+    if (!s.ok()) return s;
+    return engine.Backward((*forward)->inputs(), local_d_o->view(), **saved, gradients, stream);
+  };
+  const int64_t dq_bytes = problem.num_tokens() * hq * problem.config.head_dim_qk * 4;
+  const auto run = [&](auto&& enqueue, Bytes* result) -> absl::Status {
+    absl::Status s = dq->Poison(*kernels);
+    if (s.ok()) s = enqueue();
+    if (!s.ok()) return s;
+    NSA_COMM_CUDA_OK(cudaStreamSynchronize(stream));
+    result->resize(dq_bytes);
+    return dq->Store(*kernels, result->data(), rows);
+  };
+  Bytes called, replayed;
+  status = run(step, &called);
+  if (!status.ok()) return status;
+  NSA_COMM_CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  status = step();
+  cudaGraph_t graph = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(stream, &graph);
+  if (!status.ok()) return status;
+  NSA_COMM_CUDA_OK(ended);
+  cudaGraphExec_t executable = nullptr;
+  NSA_COMM_CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
+  for (int i = 0; i < 2 && status.ok(); ++i) {
+    status = run(
+        [&]() -> absl::Status {
+          NSA_COMM_CUDA_OK(cudaGraphLaunch(executable, stream));
+          return absl::OkStatus();
+        },
+        &replayed);
+    if (status.ok() && replayed != called) status = absl::InternalError("a replay's dq differs");
+  }
+  NSA_COMM_CUDA_OK(cudaGraphExecDestroy(executable));
+  NSA_COMM_CUDA_OK(cudaGraphDestroy(graph));
+  NSA_COMM_CUDA_OK(cudaStreamDestroy(stream));
+  return status;
+}
+
+TEST(CudaBackwardGraphTest, ReplaysOfAStepGiveTheBitsOfACall) {
+  const int num_gpus = comm::conformance::CountGpus();
+  if (num_gpus < 1) GTEST_SKIP() << "this host has no GPU";
+  const Problem problem = TestProblem();
+  Random random(2);
+  const Bytes d_o = Encode(DType::kBF16, RandomOutputGradients(problem, &random));
+  for (int size : std::set<int>{1, num_gpus}) {
+    const int port = FreePort();
+    const absl::Status status = RunOnProcesses(
+        size, [&](int rank) { return CallAndReplay(problem, d_o, rank, size, port); }, kLimit);
+    EXPECT_TRUE(status.ok()) << size << " ranks: " << status;
   }
 }
 
