@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <utility>
@@ -199,6 +200,95 @@ class Forward {
                                    nullptr));
   }
 
+  // Values that do not occur in a forward take as long.
+  void PrepareBackward() {
+    const int64_t rows = num_tokens_ * dims_.num_q_heads;
+    d_o_.emplace(Random(num_tokens_ * q_row(), 4));
+    const int64_t f32 = sizeof(float);
+    stats_.emplace(*kernels_, rows * f32);
+    std::fill_n(stats_->as<float>(), rows, 6.0f);
+    dq_.emplace(*kernels_, num_tokens_ * q_row() * f32);
+    dk_.emplace(*kernels_, num_tokens_ * kv_row() * f32);
+    dv_.emplace(*kernels_, num_tokens_ * kv_row() * f32);
+    d_records_.emplace(*kernels_, 2 * num_slc_blocks_ * dims_.select_block_tokens * kv_row() * f32);
+    d_summaries_.emplace(*kernels_, 2 * num_cmp_blocks_ * kv_row() * f32);
+    scratch_.emplace(*kernels_, kernels_->SelectedBackwardScratchBytes(
+                                    dims_, {.num_tokens = num_tokens_,
+                                            .num_segments = 1,
+                                            .num_kv_heads = dims_.num_kv_heads,
+                                            .num_cmp_blocks = num_cmp_blocks_,
+                                            .num_slc_blocks = num_slc_blocks_,
+                                            .num_records = num_slc_blocks_ * dims_.num_kv_heads,
+                                            .num_documents = 1}));
+  }
+  OutputGradients BranchOutputs() const {
+    return {.d_o = Input(*d_o_, q_row(), dims_.head_dim_v),
+            .lse = stats_->as<float>(),
+            .gate = stats_->as<float>(),
+            .delta = stats_->as<float>()};
+  }
+  void WindowBackward() {
+    Check(kernels_->AttendWindowBackward({.dims = dims_,
+                                          .queries = queries(),
+                                          .k = Tokens(k_),
+                                          .v = Tokens(v_),
+                                          .outputs = BranchOutputs(),
+                                          .queries_gradients = {dq_->as<float>(), false},
+                                          .dk = {dk_->as<float>(), nullptr, false},
+                                          .dv = {dv_->as<float>(), nullptr, false}},
+                                         nullptr));
+  }
+  void SelectedBackward() {
+    Check(kernels_->AttendSelectedBackward({.dims = dims_,
+                                            .queries = queries(),
+                                            .query_begin = 0,
+                                            .query_end = num_tokens_,
+                                            .block_indices = indices_.as<int32_t>(),
+                                            .locations = locations_.data(),
+                                            .num_blocks = num_slc_blocks_,
+                                            .num_documents = 1,
+                                            .own_records = records_.data(),
+                                            .num_own_records = num_slc_blocks_ * dims_.num_kv_heads,
+                                            .slots = nullptr,
+                                            .outputs = BranchOutputs(),
+                                            .queries_gradients = {dq_->as<float>(), false},
+                                            .own_gradients = d_records_->as<float>(),
+                                            .adds_to_own = false,
+                                            .slot_gradients = nullptr,
+                                            .scratch = scratch_->data()},
+                                           nullptr));
+  }
+  void SummariesBackward() {
+    Check(kernels_->AttendSummariesBackward({.dims = dims_,
+                                             .queries = queries(),
+                                             .kc = Input(kc_, kv_row(), dims_.head_dim_qk),
+                                             .vc = Input(vc_, kv_row(), dims_.head_dim_v),
+                                             .num_cmp_blocks = num_cmp_blocks_,
+                                             .num_documents = 1,
+                                             .outputs = BranchOutputs(),
+                                             .queries_gradients = {dq_->as<float>(), false},
+                                             .d_summaries = d_summaries_->as<float>(),
+                                             .scratch = nullptr},
+                                            nullptr));
+  }
+  void CompressBackward() {
+    Check(kernels_->CompressBackward({.dims = dims_,
+                                      .head_dim = dims_.head_dim_qk,
+                                      .compressor = Compressor::kMean,
+                                      .weights = {},
+                                      .tokens = Tokens(k_),
+                                      .documents = &document_,
+                                      .runs = &cmp_run_,
+                                      .num_runs = 1,
+                                      .num_blocks = num_cmp_blocks_,
+                                      .d_summaries = d_summaries_->as<float>(),
+                                      .d_summaries_stride = 2 * kv_row(),
+                                      .d_tokens = {dk_->as<float>(), nullptr, false},
+                                      .d_weights = {},
+                                      .scratch = nullptr},
+                                     nullptr));
+  }
+
   // (query, key) pairs times heads times the multiply-adds of one pair, two flops each.
   double Flops(double pairs) const {
     return pairs * dims_.num_q_heads * 2.0 * (dims_.head_dim_qk + dims_.head_dim_v);
@@ -277,6 +367,7 @@ class Forward {
   Array q_, k_, v_, kc_, vc_, o_cmp_, o_win_, o_, gate_, indices_, records_;
   std::vector<int32_t> locations_, owner_, ordinal_, peers_;
   std::vector<int64_t> offsets_;
+  std::optional<Array> d_o_, stats_, dq_, dk_, dv_, d_records_, d_summaries_, scratch_;
 };
 
 void ReportFlops(benchmark::State& state, double flops) {
@@ -319,6 +410,33 @@ void BM_AttendWindow(benchmark::State& state) {
   ReportFlops(state, forward.Flops(forward.WindowPairs()));
 }
 
+void BM_WindowBackward(benchmark::State& state) {
+  Forward forward(state);
+  forward.PrepareBackward();
+  for (auto _ : state) forward.WindowBackward();
+  ReportFlops(state, 2.5 * forward.Flops(forward.WindowPairs()));
+}
+
+void BM_SelectedBackward(benchmark::State& state) {
+  Forward forward(state);
+  forward.PrepareBackward();
+  for (auto _ : state) forward.SelectedBackward();
+  ReportFlops(state, 2.5 * forward.Flops(forward.SelectedPairs()));
+}
+
+void BM_SummariesBackward(benchmark::State& state) {
+  Forward forward(state);
+  forward.PrepareBackward();
+  for (auto _ : state) forward.SummariesBackward();
+  ReportFlops(state, 2.5 * forward.Flops(forward.ScorePairs()));
+}
+
+void BM_CompressBackward(benchmark::State& state) {
+  Forward forward(state);
+  forward.PrepareBackward();
+  for (auto _ : state) forward.CompressBackward();
+}
+
 // Tokens, storage type, threads. The demo's 65,536 tokens are run by name, being seconds long.
 void Shapes(benchmark::internal::Benchmark* bench) {
   bench->ArgNames({"tokens", "dtype", "threads"})->Unit(benchmark::kMillisecond)->UseRealTime();
@@ -334,6 +452,10 @@ BENCHMARK(BM_ScoreAndSelect)->Apply(Shapes);
 BENCHMARK(BM_PlanFetch)->Apply(Shapes);
 BENCHMARK(BM_AttendSelected)->Apply(Shapes);
 BENCHMARK(BM_AttendWindow)->Apply(Shapes);
+BENCHMARK(BM_WindowBackward)->Apply(Shapes);
+BENCHMARK(BM_SelectedBackward)->Apply(Shapes);
+BENCHMARK(BM_SummariesBackward)->Apply(Shapes);
+BENCHMARK(BM_CompressBackward)->Apply(Shapes);
 
 }  // namespace
 }  // namespace nsa::kernels
