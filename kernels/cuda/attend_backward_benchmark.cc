@@ -117,7 +117,7 @@ void Run(const AttentionDims& dims, int64_t num_tokens, const Device& device,
       .k = {{k.as(), hkv * dk, dk}, {}, segments.as<Segment>(), 1},
       .v = {{v.as(), hkv * dv, dv}, {}, segments.as<Segment>(), 1},
       .outputs = outputs,
-      .queries_gradients = {dq.as<float>(), true},
+      .queries_gradients = {dq.as<float>(), false},
       .dk = {dk_rows.as<float>(), nullptr, false},
       .dv = {dv_rows.as<float>(), nullptr, false},
       .scratch = scratch.as()};

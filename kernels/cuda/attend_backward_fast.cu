@@ -9,7 +9,8 @@
 //   dQ = dS K, dS by way of shared memory, each warpgroup half of the dimensions.
 //
 // dQ of a row tile is added to global memory by the copy engine, one key tile after another in
-// ascending order: each waits for its turn. Row tiles are walked from the last one on: a window's
+// ascending order: each waits for its turn, and the first one overwrites what is not to be added
+// to. Row tiles are walked from the last one on: a window's
 // later keys then come to a row after earlier ones as a matter of course. dK and dV of a chunk are
 // added after those of the chunk before it in the order of items. All that an item waits for
 // belongs to items taken earlier, so that there is always one that waits for nothing.
@@ -204,6 +205,34 @@ __global__ void __launch_bounds__(128)
   };
   zero(args.k, args.dk, args.dims.head_dim_qk);
   zero(args.v, args.dv, args.dims.head_dim_v);
+}
+
+// Whether whoever comes first to the dQ of the row tile from `first_query` of a chunk on overwrites
+// it: someone comes, since a query sees a key, and all rows of the tile are the chunk's.
+__device__ bool IsOverwritten(const VisibleRule& rule, int64_t chunk_position,
+                              int32_t chunk_queries, int32_t tile_queries, int32_t first_query) {
+  const int32_t end = first_query + tile_queries;
+  return end <= chunk_queries && KeysOf(rule, chunk_position + end - 1).end > 0;
+}
+
+// Grid: a CTA for each chunk, or fewer. The rows of dq that nobody overwrites become zero.
+__global__ void __launch_bounds__(128)
+    ZeroQueriesKernel(const __grid_constant__ AttendBackwardArgs args,
+                      const __grid_constant__ WorkLists lists) {
+  const int64_t row_values =
+      int64_t{args.queries.kv_heads.size()} * GroupSize(args.dims) * args.dims.head_dim_qk;
+  for (int32_t c = blockIdx.x; c < lists.counts->num_chunks; c += gridDim.x) {
+    const Chunk chunk = lists.chunks[c];
+    for (int32_t first = 0; first < chunk.num_queries; first += lists.tile_queries) {
+      if (IsOverwritten(args.rule, chunk.position, chunk.num_queries, lists.tile_queries, first)) {
+        continue;
+      }
+      float4* const to =
+          reinterpret_cast<float4*>(args.queries_gradients.dq + (chunk.row + first) * row_values);
+      const int64_t count = min(lists.tile_queries, chunk.num_queries - first) * row_values / 4;
+      for (int64_t i = threadIdx.x; i < count; i += 128) to[i] = make_float4(0, 0, 0, 0);
+    }
+  }
 }
 
 // What a CTA works on.
@@ -525,10 +554,18 @@ class Sender {
     }
     FenceProxyAsyncAll();
     const int32_t head = (item.kv_head - args_.queries.kv_heads.begin) * GroupSize(args_.dims);
+    const int32_t row = static_cast<int32_t>(item.row) + first_query;
+    const bool overwrites = !args_.queries_gradients.adds && turn == 0 &&
+                            IsOverwritten(args_.rule, item.position, item.num_queries,
+                                          lists_.tile_queries, first_query);
 #pragma unroll
     for (int box = 0; box < kDk / 32; ++box) {
-      TensorAdd(&maps_.dq, box * 32, head, static_cast<int32_t>(item.row) + first_query,
-                shared_.Dq(buffer_) + box * kRowPanelBytes);
+      const uint32_t from = shared_.Dq(buffer_) + box * kRowPanelBytes;
+      if (overwrites) {
+        TensorStore(&maps_.dq, box * 32, head, row, from);
+      } else {
+        TensorAdd(&maps_.dq, box * 32, head, row, from);
+      }
     }
     BulkCommit();
     BulkWaitRead();
@@ -770,7 +807,8 @@ class Consumer {
   }
 
   // Dimensions from that of box `to` on; a box has 32. Lanes of odd rows take the columns in
-  // another order, so that a warp meets no bank twice.
+  // another order, so that a warp meets no bank twice. Zeros are positive, as sums that begin at
+  // zero are: rows have the same bits whether overwritten or added.
   template <int kCount>
   __device__ void StoreDims(const float (&dq)[kCount], uint32_t to) {
     const float scale = args_.dims.softmax_scale;
@@ -784,8 +822,8 @@ class Consumer {
         const int even = 4 * j + 2 * r, odd = 4 * (j ^ 2) + 2 * r;
         const int chunk = (j % 4 * 2 + c / 2) ^ (is_odd ? 4 : 0);
         StoreShared(lane + j / 4 * kRowPanelBytes + InPanel(row + 8 * r, chunk),
-                    make_float2(scale * (is_odd ? dq[odd] : dq[even]),
-                                scale * (is_odd ? dq[odd + 1] : dq[even + 1])));
+                    make_float2(__fmaf_rn(scale, is_odd ? dq[odd] : dq[even], 0.0f),
+                                __fmaf_rn(scale, is_odd ? dq[odd + 1] : dq[even + 1], 0.0f)));
       }
     }
   }
@@ -970,12 +1008,6 @@ cudaError_t LaunchAttendBackwardFast(const AttendBackwardArgs& args, const Chunk
   const WorkLists lists = CarveLists(args.dims, queries.num_tokens, queries.num_segments,
                                      queries.kv_heads.size(), limits, scratch);
   cudaError_t error = cudaSuccess;
-  if (!args.queries_gradients.adds) {
-    const size_t num_bytes = sizeof(float) * queries.num_tokens * queries.kv_heads.size() *
-                             GroupSize(args.dims) * args.dims.head_dim_qk;
-    error = cudaMemsetAsync(args.queries_gradients.dq, 0, num_bytes, stream);
-    if (error != cudaSuccess) return error;
-  }
   if (!args.dk.adds || !args.dv.adds) {
     const auto zero = ZeroKeysKernel;
     zero<<<8 * device.num_sms, 128, 0, stream>>>(args);
@@ -990,6 +1022,10 @@ cudaError_t LaunchAttendBackwardFast(const AttendBackwardArgs& args, const Chunk
   if (error != cudaSuccess) return error;
   const auto list = ListChunksKernel;
   list<<<1, 32, 0, stream>>>(args, lists);
+  if (!args.queries_gradients.adds) {
+    const auto zero = ZeroQueriesKernel;
+    zero<<<8 * device.num_sms, 128, 0, stream>>>(args, lists);
+  }
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   return args.dims.dtype == DType::kBF16 ? Launch<__nv_bfloat16>(args, lists, maps, device, stream)

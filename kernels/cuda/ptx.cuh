@@ -119,7 +119,17 @@ __device__ __forceinline__ void TensorCopy(uint32_t shared_dst, const void* map,
       : "memory");
 }
 
-// Adds a box of f32 in shared memory to a three-dimensional tensor; part of the open bulk group.
+// A box of f32 in shared memory to a three-dimensional tensor; part of the open bulk group.
+__device__ __forceinline__ void TensorStore(const void* map, int32_t x, int32_t y, int32_t z,
+                                            uint32_t shared_src) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(
+          map),
+      "r"(x), "r"(y), "r"(z), "r"(shared_src)
+      : "memory");
+}
+
+// Likewise, but adds it.
 __device__ __forceinline__ void TensorAdd(const void* map, int32_t x, int32_t y, int32_t z,
                                           uint32_t shared_src) {
   asm volatile(
