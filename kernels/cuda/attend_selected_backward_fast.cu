@@ -1,8 +1,8 @@
 // The backward of the selected attention on Hopper's tensor cores: step 2 of selected_backward.cuh.
 //
-// A CTA owns every gridDim-th item: a block of 64 tokens and at most 256 of the queries that picked
-// it. These come in tiles of 64 rows, whole queries of one kv head's group padded to 16 heads, in a
-// ring. Two consumer warpgroups take turns at an item's tiles:
+// An item is a block of 64 tokens and some of the queries that picked it. These come in tiles of 64
+// rows, whole queries of one kv head's group padded to 16 heads, in a ring. Two consumer warpgroups
+// take turns at an item's tiles:
 //   S^T = K q^T and dP^T = V dO^T, 64 keys x 64 rows, then P and dS, which as accumulators are
 //   operands as they are: dV += (g P)^T dO, dK += dS^T q.
 // In the end one of them gets the other's dV and one the other's dK, through the memory of K and V.
@@ -137,13 +137,20 @@ class PickCursor {
   int32_t lane_query_ = 0;
 };
 
+// The n-th item of this CTA. Items are dealt longest first, back and forth, so that the CTAs get
+// almost the same.
+__device__ __forceinline__ int32_t DealtItem(int32_t n) {
+  return static_cast<int32_t>(n * gridDim.x +
+                              (n % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x));
+}
+
 // Calls visit(cursor, item, first pick, place) for each tile. All lanes of a warp.
 template <class Visit>
 __device__ void ForEachTile(const AttendSelectedBackwardParams& params, const SelectedPiece& piece,
                             const TileRows& rows, const Visit& visit) {
   RingPlace<kSlots> place;
   const int32_t num_items = piece.num_items->items;
-  for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
+  for (int32_t n = 0, index; (index = DealtItem(n)) < num_items; ++n) {
     const BlockItem item = piece.items[index];
     PickCursor cursor(params, piece, item);
     for (int32_t first = 0; first < item.count; first += rows.queries_per_tile) {
@@ -256,7 +263,7 @@ __device__ void LoadBlocks(const AttendSelectedBackwardParams& params, const Sel
                            const Shared<Shape<kDk, kDv>>& shared, int32_t thread) {
   RingPlace<kKvBuffers> place;
   const int32_t num_items = piece.num_items->items;
-  for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
+  for (int32_t n = 0, index; (index = DealtItem(n)) < num_items; ++n) {
     const char* const record =
         RecordAt(params, LocationOf(params, piece.kv_head, piece.items[index].block));
     char* const to = shared.memory + place.slot * Shape<kDk, kDv>::kKvBytes;
@@ -288,7 +295,7 @@ class Consumer {
     RingPlace<kSlots> place;
     RingPlace<kKvBuffers> kv_place;
     const int32_t num_items = piece_.num_items->items;
-    for (int32_t index = blockIdx.x; index < num_items; index += gridDim.x) {
+    for (int32_t n = 0, index; (index = DealtItem(n)) < num_items; ++n) {
       const BlockItem item = piece_.items[index];
       const int32_t num_tiles = rows.NumTiles(item);
 #pragma unroll

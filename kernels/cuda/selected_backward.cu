@@ -12,7 +12,9 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
 constexpr int kPlanThreads = 1024;
+constexpr int kSizeClasses = 64;
 constexpr int kSumThreads = 256;
+constexpr int kSumCtasPerSm = 6;
 constexpr int kGroupQueries = 32;  // bits of a mask
 
 // dS of a piece is the larger part of the scratch. More of it means fewer, longer launches; less,
@@ -128,45 +130,54 @@ __global__ void __launch_bounds__(kSumThreads)
   piece.counts[block] = sum;
 }
 
-// Grid: one CTA owns begins, items and splits, in the order of the blocks.
+// Items are sorted by size, the largest class first.
+__device__ int32_t SizeClass(int32_t num_picks) {
+  return (kItemPicks - num_picks) * kSizeClasses / kItemPicks;
+}
+
+// Grid: one CTA owns begins and splits, in the order of the blocks, and items, longest first. The
+// order of items of a class is left to chance: it shows in no result.
 __global__ void __launch_bounds__(kPlanThreads)
     PlanItems(const __grid_constant__ SelectedPiece piece, int64_t num_blocks) {
   __shared__ int32_t warp_sums[kPlanThreads / 32];
-  int32_t num_whole = 0;
-  for (int64_t base = 0; base < num_blocks; base += kPlanThreads) {
-    const int64_t block = base + threadIdx.x;
-    int32_t total = 0;
-    const int32_t count = block < num_blocks ? piece.counts[block] : 0;
-    ScanBefore<kPlanThreads>(count / kItemPicks, warp_sums, total);
-    num_whole += total;
+  __shared__ int32_t places[kSizeClasses];  // of the next item of each class; first, their number
+  if (threadIdx.x < kSizeClasses) places[threadIdx.x] = 0;
+  __syncthreads();
+  for (int64_t block = threadIdx.x; block < num_blocks; block += kPlanThreads) {
+    const int32_t count = piece.counts[block], rest = count % kItemPicks;
+    if (count >= kItemPicks) atomicAdd(&places[SizeClass(kItemPicks)], count / kItemPicks);
+    if (rest > 0) atomicAdd(&places[SizeClass(rest)], 1);
   }
-  int32_t begin = 0, whole = 0, rest = num_whole, partial = 0, split = 0;
+  __syncthreads();
+  const int32_t in_class = threadIdx.x < kSizeClasses ? places[threadIdx.x] : 0;
+  int32_t num_items = 0;
+  const int32_t class_begin = ScanBefore<kPlanThreads>(in_class, warp_sums, num_items);
+  if (threadIdx.x < kSizeClasses) places[threadIdx.x] = class_begin;
+  __syncthreads();
+  int32_t begin = 0, partial = 0, split = 0;
   for (int64_t base = 0; base < num_blocks; base += kPlanThreads) {
     const int64_t block = base + threadIdx.x;
     const int32_t count = block < num_blocks ? piece.counts[block] : 0;
     const int32_t my_whole = count / kItemPicks, my_rest = count % kItemPicks;
     const int32_t my_items = my_whole + (my_rest > 0);
     const int32_t my_partials = my_items > 1 ? my_items : 0;
-    int32_t total[5];
+    int32_t total[3];
     const int32_t my_begin = begin + ScanBefore<kPlanThreads>(count, warp_sums, total[0]);
-    const int32_t to_whole = whole + ScanBefore<kPlanThreads>(my_whole, warp_sums, total[1]);
-    const int32_t to_rest = rest + ScanBefore<kPlanThreads>(my_rest > 0, warp_sums, total[2]);
-    const int32_t to_partial = partial + ScanBefore<kPlanThreads>(my_partials, warp_sums, total[3]);
-    const int32_t to_split = split + ScanBefore<kPlanThreads>(my_items > 1, warp_sums, total[4]);
+    const int32_t to_partial = partial + ScanBefore<kPlanThreads>(my_partials, warp_sums, total[1]);
+    const int32_t to_split = split + ScanBefore<kPlanThreads>(my_items > 1, warp_sums, total[2]);
     if (block < num_blocks) {
       piece.begins[block] = my_begin;
       const int32_t number = static_cast<int32_t>(block);
       for (int32_t i = 0; i < my_items; ++i) {
-        piece.items[i < my_whole ? to_whole + i : to_rest] = {number, my_begin + i * kItemPicks,
-                                                              i < my_whole ? kItemPicks : my_rest,
-                                                              my_items > 1 ? to_partial + i : -1};
+        const int32_t num_picks = i < my_whole ? kItemPicks : my_rest;
+        piece.items[atomicAdd(&places[SizeClass(num_picks)], 1)] = {
+            number, my_begin + i * kItemPicks, num_picks, my_items > 1 ? to_partial + i : -1};
       }
       if (my_items > 1) piece.splits[to_split] = {number, to_partial, my_items};
     }
-    begin += total[0], whole += total[1], rest += total[2];
-    partial += total[3], split += total[4];
+    begin += total[0], partial += total[1], split += total[2];
   }
-  if (threadIdx.x == 0) *piece.num_items = {rest, split};
+  if (threadIdx.x == 0) *piece.num_items = {num_items, split};
 }
 
 // A value that other threads of the CTA have changed in the L2.
@@ -209,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Grid: any number of CTAs; a CTA owns kSumThreads * 4 values of a split block at a time.
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kSumCtasPerSm)
     SumPartials(const __grid_constant__ AttendSelectedBackwardParams params,
                 const __grid_constant__ SelectedPiece piece) {
   const int64_t record_values = RecordValues(params.dims);
@@ -222,7 +233,7 @@ __global__ void __launch_bounds__(kSumThreads)
     float4* const to = reinterpret_cast<float4*>(
         GradientsAt(params, LocationOf(params, piece.kv_head, split.block)) + place);
     float4 sum = *to;
-#pragma unroll 16
+#pragma unroll 4
     for (int32_t i = 0; i < split.count; ++i) {
       const float4 value = *reinterpret_cast<const float4*>(
           piece.partials + (split.first + i) * record_values + place);
@@ -278,7 +289,7 @@ cudaError_t LaunchSelectedBackward(const AttendSelectedBackwardParams& params, c
       SortPicks<<<piece.num_chunks, kThreads, 0, stream>>>(params, piece);
       error = launch_keys(params, piece, device, stream);
       if (error != cudaSuccess) return error;
-      SumPartials<<<2 * device.num_sms, kSumThreads, 0, stream>>>(params, piece);
+      SumPartials<<<kSumCtasPerSm * device.num_sms, kSumThreads, 0, stream>>>(params, piece);
       error = launch_queries(params, piece, device, stream);
       if (error != cudaSuccess) return error;
     }

@@ -51,7 +51,7 @@ struct ItemCounts {
 };
 
 // More picks an item: fewer partial sums; fewer: less that the last items keep waiting for.
-constexpr int kItemPicks = 256;
+constexpr int kItemPicks = 512;
 // Queries whose picks a CTA counts and sorts.
 constexpr int kChunkQueries = 128;
 
@@ -66,7 +66,7 @@ struct SelectedPiece {
   int32_t* counts;     // [B] picks of a block
   int32_t* begins;     // [B] the first of them in `picks`
   BlockPick* picks;    // [num_queries * n] block by block, queries ascending
-  BlockItem* items;    // whole ones first
+  BlockItem* items;    // longest first
   SplitBlock* splits;
   ItemCounts* num_items;
   float* partials;  // [.,(Dk+Dv)*l']
