@@ -54,7 +54,8 @@ class EngineImpl final : public Engine {
         absl::FailedPreconditionError("CreateSavedForward: the engine has no backward");
     if (context.options.has_backward) saved = SavedForwardImpl::Create(context, options);
     NSA_RETURN_IF_ERROR(Agree(*context.communicator, saved.status(),
-                              {{"keep_summaries", options.keep_summaries ? "true" : "false"}}));
+                              {{"keep_summaries", options.keep_summaries ? "true" : "false"},
+                               {"keep_blocks", options.keep_blocks ? "true" : "false"}}));
     return std::unique_ptr<SavedForward>(*std::move(saved));
   }
 
@@ -83,8 +84,9 @@ class EngineImpl final : public Engine {
     NSA_RETURN_IF_ERROR(context.kernels->WaitFor(*context.done, beside));
     NSA_RETURN_IF_ERROR(context.kernels->Synchronize(beside));
     NSA_RETURN_IF_ERROR(context.stages.Read(stats));
-    const bool has_counters =
-        context.rank_plan.num_remote_slc_blocks > 0 && context.layout.kv_heads_a_piece > 0;
+    const bool has_counters = context.rank_plan.num_remote_slc_blocks > 0 &&
+                              context.layout.kv_heads_a_piece > 0 &&
+                              !(was_backward_ && context.kept_slots != nullptr);
     for (int piece = 0; has_counters && piece < stats.query_pieces(); ++piece) {
       absl::StatusOr<int64_t> end = ReadFetchCounters(context, piece, beside, stats);
       if (!end.ok()) return end.status();
@@ -170,9 +172,10 @@ class EngineImpl final : public Engine {
     return absl::OkStatus();
   }
 
-  static const char* SavedField(const SavedForwardImpl* saved) {
+  static std::string SavedField(const SavedForwardImpl* saved) {
     if (saved == nullptr) return "none";
-    return saved->summaries() == nullptr ? "without summaries" : "with summaries";
+    return absl::StrCat(saved->summaries() == nullptr ? "without" : "with", " summaries, ",
+                        saved->slots() == nullptr ? "without" : "with", " blocks");
   }
 
   void Begin(const ForwardInputs& inputs, double attention_flops, const SavedForwardImpl* saved) {
@@ -180,6 +183,10 @@ class EngineImpl final : public Engine {
     context.summaries = saved != nullptr && saved->summaries() != nullptr
                             ? saved->summaries()
                             : context.Buffer<char>(kSummariesBuffer);
+    const bool keeps_blocks = saved != nullptr && saved->slots() != nullptr;
+    context.locations =
+        keeps_blocks ? saved->locations() : context.Buffer<int32_t>(kLocationsBuffer);
+    context.kept_slots = keeps_blocks ? saved->slots() : nullptr;
     RankStats& stats = context.stats;
     stats.Clear();
     stats.set_rank(context.rank_plan.rank);
@@ -232,21 +239,6 @@ FieldList FieldsToAgreeOn(const EngineOptions& options, const ShardPlan& plan) {
   FieldList plan_fields = plan.Fields();
   fields.insert(fields.end(), plan_fields.begin(), plan_fields.end());
   return fields;
-}
-
-// Where the blocks that this rank owns lie; -1 for others. [Hkv,B]
-std::vector<int32_t> OwnLocations(const PassContext& context) {
-  const BlockMap& blocks = context.blocks;
-  std::vector<int32_t> locations;
-  for (int32_t head = 0; head < context.dims.num_kv_heads; ++head) {
-    for (int64_t block = 0; block < blocks.num_slc_blocks; ++block) {
-      const int64_t record =
-          head * context.rank_plan.num_own_slc_blocks + blocks.slc_ordinal[block];
-      const bool is_own = blocks.slc_owner[block] == context.rank_plan.rank;
-      locations.push_back(is_own ? static_cast<int32_t>(record) : -1);
-    }
-  }
-  return locations;
 }
 
 absl::Status PrepareStreams(PassContext& context) {
@@ -338,12 +330,7 @@ absl::Status PrepareLocally(PassContext& context, const BackwardRoom& backward) 
   NSA_RETURN_IF_ERROR(context.kernels->CopyFromHost(
       context.Buffer(kTablesBuffer), context.tables.bytes.data(),
       static_cast<int64_t>(context.tables.bytes.size()), /*stream=*/nullptr));
-  // A rank that nothing remote is visible to never plans a fetch.
-  const std::vector<int32_t> locations = OwnLocations(context);
-  NSA_RETURN_IF_ERROR(context.kernels->CopyFromHost(
-      context.Locations(), locations.data(),
-      static_cast<int64_t>(locations.size() * sizeof(int32_t)), /*stream=*/nullptr));
-  NSA_RETURN_IF_ERROR(context.kernels->Synchronize(/*stream=*/nullptr));
+  NSA_RETURN_IF_ERROR(WriteOwnLocations(context, context.Buffer<int32_t>(kLocationsBuffer)));
   return PrepareStreams(context);
 }
 

@@ -101,6 +101,9 @@ struct ForwardOutputs {
 struct SaveOptions {
   // The summaries of the whole sequence, else Backward compresses and gathers them again.
   bool keep_summaries = true;
+  // The remote blocks that the forward fetches, else Backward fetches them again: memory for all
+  // that are visible to this rank's queries.
+  bool keep_blocks = false;
 };
 
 // What a Forward leaves for its Backward: the branches' outputs and LSEs, the block indices and

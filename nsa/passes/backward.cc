@@ -86,7 +86,7 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
   NSA_RETURN_IF_ERROR(context.Join(stream));
 
   const std::array<BranchInputs, 3> branches = BranchesOf(inputs);
-  const bool fetches = context.rank_plan.num_remote_slc_blocks > 0;
+  const bool fetches = context.rank_plan.num_remote_slc_blocks > 0 && context.kept_slots == nullptr;
   const bool returns = context.slot_gradients != nullptr;
   const int32_t heads_a_piece = context.layout.backward.kv_heads_a_piece;
   int num_pieces = 0;
@@ -139,7 +139,7 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
            .num_documents = static_cast<int32_t>(context.blocks.documents.size()),
            .own_records = context.records->data(),
            .num_own_records = context.rank_plan.num_own_slc_blocks * dims.num_kv_heads,
-           .slots = context.Buffer(kSlotsBuffer),
+           .slots = context.Slots(head),
            .outputs = outputs_of(kSlc),
            .queries_gradients = {.dq = dq, .adds = true},
            .own_gradients = context.Buffer<float>(kRecordGradientsBuffer),

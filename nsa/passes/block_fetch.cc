@@ -21,6 +21,23 @@ kernels::BlockOwners OwnersOf(const PassContext& context) {
 
 }  // namespace
 
+absl::Status WriteOwnLocations(const PassContext& context, int32_t* table) {
+  const BlockMap& blocks = context.blocks;
+  std::vector<int32_t> locations;
+  for (int32_t head = 0; head < context.dims.num_kv_heads; ++head) {
+    for (int64_t block = 0; block < blocks.num_slc_blocks; ++block) {
+      const int64_t record =
+          head * context.rank_plan.num_own_slc_blocks + blocks.slc_ordinal[block];
+      const bool is_own = blocks.slc_owner[block] == context.rank_plan.rank;
+      locations.push_back(is_own ? static_cast<int32_t>(record) : -1);
+    }
+  }
+  NSA_RETURN_IF_ERROR(context.kernels->CopyFromHost(
+      context.LocationsIn(table), locations.data(),
+      static_cast<int64_t>(locations.size() * sizeof(int32_t)), /*stream=*/nullptr));
+  return context.kernels->Synchronize(/*stream=*/nullptr);
+}
+
 absl::Status PublishBlocks(PassContext& context, const BranchTokens& tokens, void* stream) {
   const StageScope scope(context.stages, "pack", stream);
   NSA_RETURN_IF_ERROR(context.records->BeginWrite(stream));
@@ -72,7 +89,8 @@ absl::Status FetchBlocks(PassContext& context, const kernels::Queries& queries,
                                   .offsets = offsets,
                                   .count = &scalars->num_slots,
                                   .max_count = layout.fetch_capacity},
-                                 layout.record_bytes, context.Buffer(kSlotsBuffer), stream);
+                                 layout.record_bytes, context.Slots(queries.kv_heads.begin),
+                                 stream);
 }
 
 absl::StatusOr<int64_t> ReadFetchCounters(PassContext& context, int piece, void* stream,
@@ -110,7 +128,7 @@ absl::Status ReturnSlotGradients(PassContext& context, kernels::HeadRange kv_hea
   const int64_t num_blocks = context.blocks.num_slc_blocks;
   const int64_t record_bytes = RecordGradientBytes(dims);
   const int64_t table = dims.num_kv_heads * num_blocks;  // of one rank's locations
-  auto* const locations = context.Buffer<int32_t>(kLocationsBuffer);
+  int32_t* const locations = context.locations;
   std::vector<comm::GatherRun> runs;
   for (int rank = 0; rank < num_ranks; ++rank) {
     runs.push_back(

@@ -14,6 +14,11 @@ namespace nsa {
 // Streaming multiprocessors that a fetch saturates the links with (16 CTAs that copy in bulk).
 constexpr int32_t kSmsOfFetch = 16;
 
+// Where own blocks lie, in this rank's part of a table of locations; -1 for others. Planning a
+// fetch writes the same and the others' slots, but a rank that nothing remote is visible to never
+// does.
+absl::Status WriteOwnLocations(const PassContext& context, int32_t* table);
+
 // Packs own blocks into the window of records and lets peers read them.
 absl::Status PublishBlocks(PassContext& context, const BranchTokens& tokens, void* stream);
 

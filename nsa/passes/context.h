@@ -48,8 +48,12 @@ struct PassContext {
   std::unique_ptr<comm::Window> records;  // [Hkv, own select blocks] records, readable by peers
   std::unique_ptr<comm::Window> slot_gradients;  // of a piece's slots; null without a backward
   Stages stages;
-  char* summaries = nullptr;  // of the call in progress: in the workspace, or kept by its caller
-  RankStats stats;            // but for what the device knows: see Engine::LastStats
+  RankStats stats;  // but for what the device knows: see Engine::LastStats
+
+  // Of the call in progress: in the workspace, or kept in a SavedForward.
+  char* summaries = nullptr;
+  int32_t* locations = nullptr;  // [Hkv,B]; with a backward [P,Hkv,B]
+  char* kept_slots = nullptr;    // [Hkv,remote blocks] records; null: not kept
 
   // Work beside that of the caller's stream, from Fork to Join.
   std::unique_ptr<kernels::Stream> beside;
@@ -66,10 +70,16 @@ struct PassContext {
     return reinterpret_cast<T*>(static_cast<char*>(workspace->data()) + layout.offset[buffer] +
                                 offset_bytes);
   }
-  // [Hkv,B]; with a backward others' come before and after it.
-  int32_t* Locations() const {
+  // This rank's part of a table of locations, [Hkv,B].
+  int32_t* LocationsIn(int32_t* table) const {
     const int64_t place = layout.backward.kv_heads_a_piece > 0 ? rank_plan.rank : 0;
-    return Buffer<int32_t>(kLocationsBuffer) + place * dims.num_kv_heads * blocks.num_slc_blocks;
+    return table + place * dims.num_kv_heads * blocks.num_slc_blocks;
+  }
+  int32_t* Locations() const { return LocationsIn(locations); }
+  // Of a piece of the call that begins with this kv head.
+  void* Slots(int32_t first_kv_head) const {
+    if (kept_slots == nullptr) return Buffer(kSlotsBuffer);
+    return kept_slots + first_kv_head * rank_plan.num_remote_slc_blocks * layout.record_bytes;
   }
   // A list of the plan, where kernels read it.
   template <typename T>

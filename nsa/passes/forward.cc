@@ -66,7 +66,10 @@ absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
   // when it cannot be sure of one, as many queries of one as turn out to fit.
   const bool fetches = context.rank_plan.num_remote_slc_blocks > 0;
   const bool cuts_queries = context.layout.kv_heads_a_piece == 0;
-  const int32_t heads_a_piece = std::max(1, context.layout.kv_heads_a_piece);
+  // Slots that are kept are numbered for the pieces of the backward, which are no larger.
+  const int32_t heads_a_piece = context.kept_slots != nullptr
+                                    ? context.layout.backward.kv_heads_a_piece
+                                    : std::max(1, context.layout.kv_heads_a_piece);
   kernels::Queries piece = queries;
   piece.kv_heads = {0, heads_a_piece};
   int num_pieces = 0;
@@ -114,7 +117,7 @@ absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
            .num_blocks = context.blocks.num_slc_blocks,
            .own_records = context.records->data(),
            .num_own_records = context.rank_plan.num_own_slc_blocks * dims.num_kv_heads,
-           .slots = context.Buffer(kSlotsBuffer),
+           .slots = context.Slots(piece.kv_heads.begin),
            .o_slc = View(outputs.o_slc),
            .lse_slc = outputs.lse_slc,
            .gate = {.gate = inputs.gate.data,

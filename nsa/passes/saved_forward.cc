@@ -1,7 +1,8 @@
 #include "nsa/passes/saved_forward.h"
 
 #include <utility>
-#include <vector>
+
+#include "nsa/passes/block_fetch.h"
 
 namespace nsa {
 
@@ -22,6 +23,13 @@ absl::StatusOr<std::unique_ptr<SavedForwardImpl>> SavedForwardImpl::Create(
       take(tokens * dims.num_kv_heads * dims.num_selected_blocks * int64_t{sizeof(int32_t)});
   const int64_t summaries =
       take(options.keep_summaries ? context.layout.num_bytes[kSummariesBuffer] : 0);
+  const int64_t locations =
+      take(options.keep_blocks ? context.layout.num_bytes[kLocationsBuffer] : 0);
+  // At least a byte, so that a rank that sees no remote block keeps them too.
+  const int64_t slots =
+      take(options.keep_blocks ? 1 + context.rank_plan.num_remote_slc_blocks * dims.num_kv_heads *
+                                         context.layout.record_bytes
+                               : 0);
   absl::StatusOr<std::unique_ptr<kernels::Memory>> memory =
       context.kernels->Allocate(saved->num_bytes_);
   if (!memory.ok()) return memory.status();
@@ -34,6 +42,11 @@ absl::StatusOr<std::unique_ptr<SavedForwardImpl>> SavedForwardImpl::Create(
   }
   saved->block_indices_ = reinterpret_cast<int32_t*>(data + indices);
   if (options.keep_summaries) saved->summaries_ = data + summaries;
+  if (options.keep_blocks) {
+    saved->slots_ = data + slots;
+    saved->locations_ = reinterpret_cast<int32_t*>(data + locations);
+    NSA_RETURN_IF_ERROR(WriteOwnLocations(context, saved->locations_));
+  }
   return saved;
 }
 

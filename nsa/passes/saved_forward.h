@@ -30,7 +30,10 @@ class SavedForwardImpl final : public SavedForward {
   }
   const float* lse(int branch) const { return lse_[branch]; }  // [T,Hq]
   const int32_t* block_indices() const { return block_indices_; }
-  char* summaries() const { return summaries_; }  // null when they are not kept
+  // Null when they are not kept.
+  char* summaries() const { return summaries_; }
+  int32_t* locations() const { return locations_; }  // [P,Hkv,B]
+  char* slots() const { return slots_; }             // [Hkv,remote blocks] records
 
   bool is_filled = false;
 
@@ -44,6 +47,8 @@ class SavedForwardImpl final : public SavedForward {
   std::array<float*, 3> lse_ = {};
   int32_t* block_indices_ = nullptr;
   char* summaries_ = nullptr;
+  int32_t* locations_ = nullptr;
+  char* slots_ = nullptr;
 };
 
 }  // namespace nsa

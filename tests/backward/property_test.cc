@@ -47,6 +47,7 @@ TEST_P(BackwardPropertyTest, GradientsEqualTheReference) {
   BackwardRun backward;
   backward.gradient_dtype = random.Pick({DType::kF32, DType::kF32, options.dtype});
   backward.keep_summaries = random.OneIn(2);
+  backward.keep_blocks = random.OneIn(2);
   backward.num_accumulated = random.Pick({1, 1, 2});
   backward.other_forwards_between = random.OneIn(4);
   const Problem problem = MakeProblem(config, cu_seqlens, options, inputs);

@@ -116,6 +116,20 @@ TEST_P(BackwardInvarianceTest, RecomputedSummariesAndForwardsBetween) {
       *kept, *Run("zigzag", 3, options, {.keep_summaries = false, .other_forwards_between = true}));
 }
 
+TEST_P(BackwardInvarianceTest, KeptBlocksAreNotFetchedAgain) {
+  const auto fetched = Run("zigzag", 3);
+  EXPECT_GT(stats_.ranks(2).records_fetched(), 0);
+  const int64_t saved_bytes = stats_.ranks(2).saved_bytes();
+  ExpectAllSame(*fetched, *Run("zigzag", 3, {}, {.keep_blocks = true}));
+  EXPECT_EQ(stats_.ranks(2).records_fetched(), 0);
+  EXPECT_GT(stats_.ranks(2).saved_bytes(), saved_bytes);
+  ExpectAllSame(*fetched,
+                *Run("zigzag", 3, {}, {.keep_blocks = true, .other_forwards_between = true}));
+  // The first rank sees nothing remote; pieces of one kv head.
+  const int64_t record = 64 * (64 + 128) * SizeOf(GetParam());
+  ExpectEquivalent("contiguous", 3, {.fetch_budget_bytes = 13 * record}, {.keep_blocks = true});
+}
+
 TEST_P(BackwardInvarianceTest, FetchBudgetOfOneKvHead) {
   // The last of three ranks sees the 7 blocks of its document that others own, of 2 kv heads.
   const int64_t record = 64 * (64 + 128) * SizeOf(GetParam());

@@ -171,14 +171,16 @@ absl::Status RunRankBackward(const Problem& problem, const Bytes& d_o, const Sha
   if (status.ok()) status = kernels->Synchronize(nullptr);
   if (status.ok()) status = (*forward)->CopyTo(outputs);
   if (!status.ok()) return status;
-  auto saved = engine.CreateSavedForward({.keep_summaries = run.keep_summaries});
+  auto saved = engine.CreateSavedForward(
+      {.keep_summaries = run.keep_summaries, .keep_blocks = run.keep_blocks});
   if (!saved.ok()) return saved.status();
   ForwardOutputs only_o;
   only_o.o = (*forward)->outputs().o;
   status = engine.Forward(inputs, only_o, nullptr, saved->get());
   if (!status.ok()) return status;
   if (run.other_forwards_between) {
-    auto other = engine.CreateSavedForward({.keep_summaries = !run.keep_summaries});
+    auto other = engine.CreateSavedForward(
+        {.keep_summaries = !run.keep_summaries, .keep_blocks = !run.keep_blocks});
     if (!other.ok()) return other.status();
     status = engine.Forward(inputs, only_o, nullptr, other->get());
     if (status.ok()) status = (*forward)->Run();

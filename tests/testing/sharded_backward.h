@@ -15,6 +15,7 @@ namespace nsa::test {
 struct BackwardRun {
   DType gradient_dtype = DType::kF32;  // f32 or that of the activations
   bool keep_summaries = true;
+  bool keep_blocks = false;
   bool sum_over_ranks = false;
   // Backwards of the same forward, each added to those before.
   int num_accumulated = 1;
