@@ -21,6 +21,8 @@ runs=(
   "memcheck  plan_fetch_test  -*ManyBlocksAndQueries"
   "memcheck  cuda_kernels_test  *"
   "memcheck  score_select_test  *OtherHeadDims:*NumbersOfBlocks:*PlainKernel"
+  "memcheck  attend_backward_test  *AddsToWhat*:*KeysWithout*:*WindowsAndBlocks*"
+  "memcheck  backward_stages_test  *GroupSizes*:*Bits*:*LongLists*"
   "memcheck  nccl_conformance_test  *Alone:NcclGraph.*"
   "memcheck  cuda_reference_test  *ShortDocuments*:*OneToken:*GroupOf5:*MlpOfF16"
   "memcheck  cuda_sharding_invariance_test  *Repeated*/bf16"
