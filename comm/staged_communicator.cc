@@ -70,56 +70,79 @@ class Base {
   const std::unique_ptr<Communicator> host_;
 };
 
-class StagedWindow final : public Window {
+// What windows for device memory share, over a window of the communicator below.
+class DeviceWindow : public Window {
+ public:
+  DeviceWindow(Base* base, std::vector<int64_t> window_bytes, std::unique_ptr<Window> inner)
+      : base_(*base), inner_(std::move(inner)), window_bytes_(std::move(window_bytes)) {}
+
+  int64_t num_bytes() const override { return inner_->num_bytes(); }
+  absl::Status BeginWrite(void* stream) override {
+    if (absl::Status s = InOrder(&WindowOrder::BeginWrite); !s.ok()) return s;
+    return inner_->BeginWrite(stream);
+  }
+  absl::Status Release(void* stream) override {
+    if (absl::Status s = InOrder(&WindowOrder::Release); !s.ok()) return s;
+    return inner_->Release(stream);
+  }
+
+ protected:
+  // A step of the epoch, unless the communicator is broken.
+  template <typename Step>
+  absl::Status InOrder(Step step) {
+    absl::Status status = base_.host().HealthCheck();
+    return status.ok() ? (order_.*step)() : status;
+  }
+  // The list of a Gather whose turn it is.
+  absl::StatusOr<HostGatherList> ReadList(const GatherList& list, int64_t record_bytes, void* dst,
+                                          void* stream) {
+    if (absl::Status s = InOrder(&WindowOrder::Gather); !s.ok()) return s;
+    const auto copy = [&](void* to, const void* from, int64_t num_bytes) {
+      return base_.CopyNow(to, from, num_bytes, stream);
+    };
+    absl::StatusOr<HostGatherList> read =
+        ReadGatherList(list, record_bytes, dst, window_bytes_, copy);
+    if (!read.ok()) return base_.Fail(read.status());
+    return read;
+  }
+
+  Base& base_;
+  const std::unique_ptr<Window> inner_;
+
+ private:
+  const std::vector<int64_t> window_bytes_;  // [size]
+  WindowOrder order_;
+};
+
+// Over a window that lies on the host.
+class StagedWindow final : public DeviceWindow {
  public:
   StagedWindow(Base* base, std::vector<int64_t> window_bytes, std::unique_ptr<Window> on_host,
                DeviceMemory::Block data)
-      : base_(*base),
-        window_bytes_(std::move(window_bytes)),
-        on_host_(std::move(on_host)),
+      : DeviceWindow(base, std::move(window_bytes), std::move(on_host)),
         data_(std::move(data)),
         staging_(base->memory()) {}
 
   void* data() override { return data_.get(); }
-  int64_t num_bytes() const override { return on_host_->num_bytes(); }
-  absl::Status BeginWrite(void* stream) override;
   absl::Status Publish(void* stream) override;
   absl::Status Gather(const GatherList& list, int64_t record_bytes, void* dst,
                       void* stream) override;
-  absl::Status Release(void* stream) override;
 
  private:
-  Base& base_;
-  const std::vector<int64_t> window_bytes_;  // [size]
-  const std::unique_ptr<Window> on_host_;
   const DeviceMemory::Block data_;
-  WindowOrder order_;
   Staging staging_;
 };
 
-absl::Status StagedWindow::BeginWrite(void* stream) {
-  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
-  if (absl::Status s = order_.BeginWrite(); !s.ok()) return s;
-  return on_host_->BeginWrite(stream);
-}
-
 absl::Status StagedWindow::Publish(void* stream) {
-  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
-  if (absl::Status s = order_.Publish(); !s.ok()) return s;
-  absl::Status status = base_.CopyNow(on_host_->data(), data_.get(), num_bytes(), stream);
-  return status.ok() ? on_host_->Publish(stream) : base_.Fail(std::move(status));
+  if (absl::Status s = InOrder(&WindowOrder::Publish); !s.ok()) return s;
+  absl::Status status = base_.CopyNow(inner_->data(), data_.get(), num_bytes(), stream);
+  return status.ok() ? inner_->Publish(stream) : base_.Fail(std::move(status));
 }
 
 absl::Status StagedWindow::Gather(const GatherList& list, int64_t record_bytes, void* dst,
                                   void* stream) {
-  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
-  if (absl::Status s = order_.Gather(); !s.ok()) return s;
-  const auto copy = [&](void* to, const void* from, int64_t num_bytes) {
-    return base_.CopyNow(to, from, num_bytes, stream);
-  };
-  absl::StatusOr<HostGatherList> read =
-      ReadGatherList(list, record_bytes, dst, window_bytes_, copy);
-  if (!read.ok()) return base_.Fail(read.status());
+  const absl::StatusOr<HostGatherList> read = ReadList(list, record_bytes, dst, stream);
+  if (!read.ok()) return read.status();
 
   const int64_t count = static_cast<int64_t>(read->peers.size());
   const int64_t at_once = std::min(std::max<int64_t>(kGatherBytes / record_bytes, 1), count);
@@ -129,7 +152,7 @@ absl::Status StagedWindow::Gather(const GatherList& list, int64_t record_bytes, 
     const int32_t records = static_cast<int32_t>(std::min(at_once, count - begin));
     const GatherList part = {read->peers.data() + begin, read->offsets.data() + begin, &records,
                              records};
-    absl::Status status = on_host_->Gather(part, record_bytes, *staging, stream);
+    absl::Status status = inner_->Gather(part, record_bytes, *staging, stream);
     if (!status.ok()) return status;
     status = base_.CopyNow(static_cast<char*>(dst) + begin * record_bytes, *staging,
                            records * record_bytes, stream);
@@ -138,56 +161,27 @@ absl::Status StagedWindow::Gather(const GatherList& list, int64_t record_bytes, 
   return absl::OkStatus();
 }
 
-absl::Status StagedWindow::Release(void* stream) {
-  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
-  if (absl::Status s = order_.Release(); !s.ok()) return s;
-  return on_host_->Release(stream);
-}
-
 // Over a window that lies in device memory.
-class DirectWindow final : public Window {
+class DirectWindow final : public DeviceWindow {
  public:
-  DirectWindow(Base* base, std::vector<int64_t> window_bytes, std::unique_ptr<Window> inner)
-      : base_(*base), window_bytes_(std::move(window_bytes)), inner_(std::move(inner)) {}
+  using DeviceWindow::DeviceWindow;
 
   void* data() override { return inner_->data(); }
-  int64_t num_bytes() const override { return inner_->num_bytes(); }
-  absl::Status BeginWrite(void* stream) override;
   absl::Status Publish(void* stream) override;
   absl::Status Gather(const GatherList& list, int64_t record_bytes, void* dst,
                       void* stream) override;
-  absl::Status Release(void* stream) override;
-
- private:
-  Base& base_;
-  const std::vector<int64_t> window_bytes_;  // [size]
-  const std::unique_ptr<Window> inner_;
-  WindowOrder order_;
 };
 
-absl::Status DirectWindow::BeginWrite(void* stream) {
-  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
-  if (absl::Status s = order_.BeginWrite(); !s.ok()) return s;
-  return inner_->BeginWrite(stream);
-}
-
 absl::Status DirectWindow::Publish(void* stream) {
-  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
-  if (absl::Status s = order_.Publish(); !s.ok()) return s;
+  if (absl::Status s = InOrder(&WindowOrder::Publish); !s.ok()) return s;
   absl::Status status = base_.memory().Synchronize(stream);
   return status.ok() ? inner_->Publish(stream) : base_.Fail(std::move(status));
 }
 
 absl::Status DirectWindow::Gather(const GatherList& list, int64_t record_bytes, void* dst,
                                   void* stream) {
-  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
-  if (absl::Status s = order_.Gather(); !s.ok()) return s;
-  const auto copy = [&](void* to, const void* from, int64_t num_bytes) {
-    return base_.CopyNow(to, from, num_bytes, stream);
-  };
-  absl::StatusOr<HostGatherList> read =
-      ReadGatherList(list, record_bytes, dst, window_bytes_, copy);
-  if (!read.ok()) return base_.Fail(read.status());
+  const absl::StatusOr<HostGatherList> read = ReadList(list, record_bytes, dst, stream);
+  if (!read.ok()) return read.status();
   const int32_t own = base_.host().rank();
   const int64_t count = static_cast<int64_t>(read->peers.size());
   absl::Status status;
@@ -207,12 +201,6 @@ absl::Status DirectWindow::Gather(const GatherList& list, int64_t record_bytes, 
     if (!status.ok()) return status;
   }
   return base_.Fail(base_.memory().Synchronize(stream));
-}
-
-absl::Status DirectWindow::Release(void* stream) {
-  if (absl::Status s = base_.host().HealthCheck(); !s.ok()) return s;
-  if (absl::Status s = order_.Release(); !s.ok()) return s;
-  return inner_->Release(stream);
 }
 
 class StagedCommunicator final : public Communicator {

@@ -94,26 +94,7 @@ class Item {
 }  // namespace
 
 absl::Status AttendWindowBackward(const AttendWindowBackwardParams& params, Workers& workers) {
-  const AttentionDims& dims = params.dims;
-  const int64_t queries_per_run = QueriesPerRun(params.queries, dims, params.queries.num_tokens,
-                                                kBackwardRows, workers.num_threads());
-  const std::vector<QueryRun> queries =
-      SplitQueries(params.queries, 0, params.queries.num_tokens, queries_per_run);
-  const std::vector<TokenRun> keys = SplitTokens(params.k, kTileKeys);
-  const HeadRange& heads = params.queries.kv_heads;
-  const int64_t num_key_items = static_cast<int64_t>(keys.size()) * heads.size();
-  const int64_t num_query_items = static_cast<int64_t>(queries.size()) * heads.size();
-  const int64_t scratch_bytes = BranchScratch(dims, queries_per_run, nullptr).num_bytes;
-  return workers.Run(
-      num_key_items + num_query_items, scratch_bytes, [&](int64_t item, char* memory) {
-        const BranchScratch scratch(dims, queries_per_run, memory);
-        Item work(params, heads.begin + static_cast<int32_t>(item % heads.size()), scratch);
-        if (item < num_key_items) {
-          work.RunKeys(keys[item / heads.size()]);
-        } else {
-          work.RunQueries(queries[(item - num_key_items) / heads.size()]);
-        }
-      });
+  return RunBranchItems<Item>(params, SplitTokens(params.k, kTileKeys), workers);
 }
 
 }  // namespace nsa::kernels::cpu

@@ -8,7 +8,9 @@
 #define KERNELS_CPU_BRANCH_BACKWARD_H_
 
 #include <cstdint>
+#include <vector>
 
+#include "absl/status/status.h"
 #include "kernels/cpu/rows.h"
 #include "kernels/cpu/tile_ops.h"
 #include "kernels/cpu/workers.h"
@@ -85,6 +87,32 @@ class BranchItem {
   const BranchScratch& s_;
   int32_t width_ = 0;
 };
+
+// All items of a branch over all queries: those of `keys`, then those of queries, of every kv head.
+// An Item is made of (params, kv head, scratch) and has RunKeys and RunQueries.
+template <class Item, class Params, class KeyRun>
+absl::Status RunBranchItems(const Params& params, const std::vector<KeyRun>& keys,
+                            Workers& workers) {
+  const AttentionDims& dims = params.dims;
+  const HeadRange& heads = params.queries.kv_heads;
+  const int64_t queries_per_run = QueriesPerRun(params.queries, dims, params.queries.num_tokens,
+                                                kBackwardRows, workers.num_threads());
+  const std::vector<QueryRun> queries =
+      SplitQueries(params.queries, 0, params.queries.num_tokens, queries_per_run);
+  const int64_t num_key_items = static_cast<int64_t>(keys.size()) * heads.size();
+  const int64_t num_query_items = static_cast<int64_t>(queries.size()) * heads.size();
+  const int64_t scratch_bytes = BranchScratch(dims, queries_per_run, nullptr).num_bytes;
+  return workers.Run(
+      num_key_items + num_query_items, scratch_bytes, [&](int64_t item, char* memory) {
+        const BranchScratch scratch(dims, queries_per_run, memory);
+        Item work(params, heads.begin + static_cast<int32_t>(item % heads.size()), scratch);
+        if (item < num_key_items) {
+          work.RunKeys(keys[item / heads.size()]);
+        } else {
+          work.RunQueries(queries[(item - num_key_items) / heads.size()]);
+        }
+      });
+}
 
 }  // namespace nsa::kernels::cpu
 
