@@ -16,26 +16,30 @@ export LD_LIBRARY_PATH=$bundle${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 
 # tool  test  gtest filter  [options of compute-sanitizer]
 runs=(
-  "memcheck  stages_test  *StorageTypes:*GroupSizes:*BlockSizes:*DocumentsOfAnyLength:*Compressors"
-  "memcheck  stages_test  *HeadDims:*WindowSizes:*NumbersOfBlocks:*Extreme*:*WithoutSummaries"
-  "memcheck  plan_fetch_test  -*ManyBlocksAndQueries"
+  "memcheck  stages_test  *StorageTypes*:*GroupSizes*:*BlockSizes*:*AnyLength*:*Compressors*"
+  "memcheck  stages_test  *HeadDims*:*WindowSizes*:*NumbersOfBlocks*:*Extreme*:*WithoutSummaries*"
+  "memcheck  plan_fetch_test  -*ManyBlocksAndQueries*"
   "memcheck  cuda_kernels_test  *"
-  "memcheck  score_select_test  *OtherHeadDims:*NumbersOfBlocks:*PlainKernel"
+  "memcheck  score_select_test  *OtherHeadDims*:*NumbersOfBlocks*:*PlainKernel*"
   "memcheck  attend_backward_test  *AddsToWhat*:*KeysWithout*:*WindowsAndBlocks*"
   "memcheck  backward_stages_test  *GroupSizes*:*Bits*:*LongLists*"
   "memcheck  nccl_conformance_test  *Alone:NcclGraph.*"
-  "memcheck  cuda_reference_test  *ShortDocuments*:*OneToken:*GroupOf5:*MlpOfF16"
+  "memcheck  cuda_reference_test  *ShortDocuments*:*OneToken*:*GroupOf5*:*MlpOfF16*"
   "memcheck  cuda_sharding_invariance_test  *Repeated*/bf16"
-  "synccheck  stages_test  *StorageTypes:*GroupSizes:*BlockSizes:*Compressors"
-  "synccheck  plan_fetch_test  *PiecesAreTheCpus"
-  "synccheck  score_select_test  *OtherHeadDims:*PlainKernel"
+  "synccheck  stages_test  *StorageTypes*:*GroupSizes*:*BlockSizes*:*Compressors*"
+  "synccheck  plan_fetch_test  *PiecesAreTheCpus*"
+  "synccheck  score_select_test  *OtherHeadDims*:*PlainKernel*"
+  "synccheck  attend_backward_test  *AddsToWhat*"
+  "synccheck  backward_stages_test  *GroupSizes*"
   "synccheck  nccl_conformance_test  *Alone"
-  "racecheck  stages_test  *StorageTypes"
-  "racecheck  stages_test  *HeadDims"
+  "racecheck  stages_test  *StorageTypes*"
+  "racecheck  stages_test  *HeadDims*"
   # Two calls with a linear compressor and two with an mlp: more would take many minutes.
-  "racecheck  stages_test  *Compressors  --kernel-name kernel_substring=CompressMatrix
+  "racecheck  stages_test  *Compressors/Auto  --kernel-name kernel_substring=CompressMatrix
     --launch-skip 14 --launch-count 4"
-  "racecheck  plan_fetch_test  *PiecesAreTheCpus"
+  "racecheck  plan_fetch_test  *PiecesAreTheCpus*"
+  "racecheck  attend_backward_test  *AddsToWhat*"
+  "racecheck  backward_stages_test  *GroupSizes*"
   "racecheck  cuda_kernels_test  *CopiesRows*"
   "racecheck  nccl_conformance_test  *Alone"
 )
