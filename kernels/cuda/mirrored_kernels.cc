@@ -184,11 +184,12 @@ int64_t NumSummaries(const Document* documents, const BlockRun* runs, int32_t nu
   return rows;
 }
 
-// Slots that `locations` names.
+// Slots that `locations` names for the queries' kv heads; for the others it may say anything.
 template <class Params>
-int64_t NumSlots(const Params& params, int64_t num_locations) {
+int64_t NumSlots(const Params& params) {
+  const HeadRange heads = params.queries.kv_heads;
   int64_t num_records = params.num_own_records;
-  for (int64_t i = 0; i < num_locations; ++i) {
+  for (int64_t i = heads.begin * params.num_blocks; i < heads.end * params.num_blocks; ++i) {
     num_records = std::max<int64_t>(num_records, params.locations[i] + 1);
   }
   return num_records - params.num_own_records;
@@ -329,7 +330,7 @@ absl::Status MirroredKernels::AttendSelected(const AttendSelectedParams& params,
   const int64_t num_tokens = params.queries.num_tokens;
   const int64_t hq = dims.num_q_heads, dv = dims.head_dim_v;
   const int64_t num_locations = dims.num_kv_heads * params.num_blocks;
-  const int64_t num_slots = NumSlots(params, num_locations);
+  const int64_t num_slots = NumSlots(params);
   AttendSelectedParams p = params;
   p.queries = mirror.In(params.queries, hq, dims.head_dim_qk, element_bytes);
   p.block_indices =
@@ -480,7 +481,7 @@ absl::Status MirroredKernels::AttendSelectedBackward(const AttendSelectedBackwar
   const int64_t record_values =
       int64_t{dims.select_block_tokens} * (dims.head_dim_qk + dims.head_dim_v);
   const int64_t num_locations = dims.num_kv_heads * params.num_blocks;
-  const int64_t num_slots = NumSlots(params, num_locations);
+  const int64_t num_slots = NumSlots(params);
   AttendSelectedBackwardParams p = params;
   p.queries = mirror.In(params.queries, dims.num_q_heads, dims.head_dim_qk, SizeOf(dims.dtype));
   p.queries.documents = mirror.In(params.queries.documents, params.num_documents);
