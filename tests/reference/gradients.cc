@@ -66,14 +66,17 @@ absl::StatusOr<ReferenceGradients> Backward(const ReferenceConfig& config,
                                             const ReferenceInputs& inputs,
                                             const std::vector<int32_t>& block_indices,
                                             const std::vector<double>& d_o, int num_threads,
-                                            Rounding summary_rounding) {
+                                            Rounding rounding) {
   // Checks all but what only the gradients need.
-  const auto forward = Forward(config, inputs,
-                               {.summary_rounding = summary_rounding,
-                                .given_block_indices = &block_indices,
-                                .num_threads = num_threads});
+  auto forward = Forward(config, inputs,
+                         {.summary_rounding = rounding,
+                          .given_block_indices = &block_indices,
+                          .num_threads = num_threads});
   if (!forward.ok()) return forward.status();
-  const ReferenceOutputs& out = *forward;
+  ReferenceOutputs& out = *forward;
+  for (auto* o : {&out.o_cmp, &out.o_slc, &out.o_win}) {
+    for (double& x : *o) x = Round(rounding, x);
+  }
   const int64_t s = inputs.cu_seqlens.back();
   const int64_t hq = config.num_q_heads, hkv = config.num_kv_heads;
   absl::Status valid = CheckSize("d_o", d_o, s * hq * config.head_dim_v);

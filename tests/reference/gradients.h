@@ -42,15 +42,15 @@ CompressorParameters CompressBackward(const ReferenceConfig& config,
                                       const std::vector<double>& dy, std::vector<double>* dx);
 
 // Gradients of the sum of o * d_o. block_indices [S,Hkv,n], -1 padded, are the blocks that the
-// selected branch attends to; d_o [S,Hq,Dv]. Summaries are rounded as the activations' dtype keeps
-// them; the rounding itself has derivative one. At most one thread per key/value head is used, and
-// their number changes no bit. InvalidArgument, naming the field, when a size does not fit the
-// configuration or the gate is absent.
+// selected branch attends to; d_o [S,Hq,Dv]. Summaries and the branches' outputs are rounded as the
+// activations' dtype keeps them; the rounding itself has derivative one. At most one thread per
+// key/value head is used, and their number changes no bit. InvalidArgument, naming the field, when
+// a size does not fit the configuration or the gate is absent.
 absl::StatusOr<ReferenceGradients> Backward(const ReferenceConfig& config,
                                             const ReferenceInputs& inputs,
                                             const std::vector<int32_t>& block_indices,
                                             const std::vector<double>& d_o, int num_threads = 2,
-                                            Rounding summary_rounding = Rounding::kNone);
+                                            Rounding rounding = Rounding::kNone);
 
 }  // namespace nsa::reference
 
