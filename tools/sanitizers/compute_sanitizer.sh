@@ -77,7 +77,9 @@ run() {
   else
     timeout -k 10 "$limit" compute-sanitizer "${options[@]}" "$bundle/$test" \
       --gtest_filter="$filter" >"$log" 2>&1 || status=$?
-    if [[ $status != 0 ]]; then
+    if grep -q "Running 0 tests" "$log"; then
+      verdict="failed, the filter finds no test"
+    elif [[ $status != 0 ]]; then
       verdict="failed, exit status $status, $(grep -h SUMMARY "$log" | tail -n 1)"
     elif ! grep -q "SUMMARY: 0 " "$log"; then
       verdict="failed, no summary"
