@@ -119,7 +119,7 @@ absl::Status UcxWindow::Read(absl::Span<const WindowRead> reads, void* dst) {
       reads_.Read(read.peer, id_, read.window_offset, read.num_bytes, to, nullptr);
       continue;
     }
-    worker_.Get(read.peer, to, memory_->type(), read.num_bytes, remote.address + read.window_offset,
+    worker_.Get(read.peer, to, read.num_bytes, remote.address + read.window_offset,
                 remote.rkey.get());
     if (worker_.gets_in_flight() < max_reads_in_flight_) continue;
     if (absl::Status s = worker_.Wait(

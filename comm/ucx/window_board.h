@@ -34,9 +34,6 @@ class MappedMemory {
   char* data() const { return data_; }  // 256-byte aligned, never null
   int64_t num_bytes() const { return num_bytes_; }
   ucp_mem_h handle() const { return handle_; }
-  ucs_memory_type_t type() const {
-    return block_ == nullptr ? UCS_MEMORY_TYPE_HOST : UCS_MEMORY_TYPE_CUDA;
-  }
 
  private:
   MappedMemory(ucp_context_h context, ucp_mem_h handle) : context_(context), handle_(handle) {}

@@ -316,18 +316,14 @@ void Worker::Post(int peer, const WireHeader& header) {
   SendMessage(NewOperation(peer, Purpose::kPost, 0), header, nullptr);
 }
 
-void Worker::Get(int peer, void* dst, ucs_memory_type_t dst_type, int64_t num_bytes,
-                 uint64_t remote_address, ucp_rkey_h rkey) {
+void Worker::Get(int peer, void* dst, int64_t num_bytes, uint64_t remote_address, ucp_rkey_h rkey) {
   Operation* const operation = NewOperation(peer, Purpose::kGet, num_bytes);
   if (frozen_ || peers_[peer].endpoint == nullptr || rkey == nullptr) {
     Finished(operation, UCS_ERR_NOT_CONNECTED);
     return;
   }
   ucp_request_param_t param = {};
-  // UCX cannot tell what memory is CUDA's where its hooks are not loaded.
-  param.op_attr_mask =
-      UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE;
-  param.memory_type = dst_type;
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
   param.cb.send = &Worker::OnSent;
   param.user_data = operation;
   Started(operation,

@@ -84,8 +84,8 @@ class Worker {
   // its own undertakings with a peer.
   void Send(int peer, const WireHeader& header, const void* data, int64_t num_bytes)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void Get(int peer, void* dst, ucs_memory_type_t dst_type, int64_t num_bytes,
-           uint64_t remote_address, ucp_rkey_h rkey) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Get(int peer, void* dst, int64_t num_bytes, uint64_t remote_address, ucp_rkey_h rkey)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void BeginUnfinished(int peer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void EndUnfinished(int peer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   int64_t unfinished() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return unfinished_; }
