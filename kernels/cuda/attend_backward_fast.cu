@@ -334,10 +334,11 @@ __device__ __forceinline__ float2 LoadShared2(uint32_t address) {
   return value;
 }
 
+// Barriers of the block's sixteen; the roles meet at them in different places of the code.
+constexpr int kConsumerBarrier = 1, kItemBarrier = 2;
+
 // Among the consumers.
-__device__ __forceinline__ void SyncConsumers() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
-}
+__device__ __forceinline__ void SyncConsumers() { SyncThreads(kConsumerBarrier, kConsumerThreads); }
 
 // Where in a panel chunk `chunk` of 16 bytes of a row lies.
 __device__ __forceinline__ uint32_t InPanel(int row, int chunk) {
@@ -919,7 +920,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
   const auto for_each_item = [&](auto& role) {
     for (int n = 0;; ++n) {
-      __syncthreads();  // the item before is done with, and this one is known
+      SyncThreads(kItemBarrier, kThreads);  // the item before is done with, this one is known
       const Item& item = items[n % 2];
       if (item.kv_head < 0) break;
       role.Run(item);
