@@ -102,6 +102,9 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
           FetchBlocks(context, piece, block_indices, 0, num_pieces, context.beside->get()));
     }
     NSA_RETURN_IF_ERROR(context.records->Release(context.beside->get()));
+    if (returns) {
+      NSA_RETURN_IF_ERROR(AllGatherLocations(context, piece.kv_heads, context.beside->get()));
+    }
 
     // 7'. Beside the fetch, the window: dq [T,G*h,Dk], dk, dv of the piece's heads of [T+H,Hkv,D]
     {
@@ -117,7 +120,7 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
                                         .queries_gradients = {.dq = dq, .adds = false},
                                         .dk = window.dk,
                                         .dv = window.dv,
-                                        .sms_to_leave = fetches ? kSmsOfFetch : 0,
+                                        .sms_to_leave = fetches || returns ? kSmsOfFetch : 0,
                                         .scratch = context.Buffer(kBackwardScratchBuffer)},
                                        stream));
     }
@@ -127,7 +130,7 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
     // 7'. The selected blocks: dq, gradients of own records and of slots
     {
       const StageScope scope(context.stages, "selected backward", stream);
-      if (returns) NSA_RETURN_IF_ERROR(BeginSlotGradients(context, stream));
+      if (returns) NSA_RETURN_IF_ERROR(context.slot_gradients->BeginWrite(stream));
       NSA_RETURN_IF_ERROR(kernels.AttendSelectedBackward(
           {.dims = dims,
            .queries = piece,
@@ -150,8 +153,10 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
           stream));
     }
 
-    // 6'. Gradients of slots to the blocks' owners
+    // 6'. Gradients of slots to the blocks' owners. Published before the next stage fills the
+    // device: a peer that waited for it would do so on multiprocessors that its own stage lacks.
     if (returns) {
+      NSA_RETURN_IF_ERROR(context.slot_gradients->Publish(stream));
       NSA_RETURN_IF_ERROR(context.Fork(stream));
       NSA_RETURN_IF_ERROR(
           ReturnSlotGradients(context, piece.kv_heads, num_pieces, context.beside->get()));

@@ -116,8 +116,17 @@ absl::StatusOr<int64_t> ReadFetchCounters(PassContext& context, int piece, void*
   return counters.query_end;
 }
 
-absl::Status BeginSlotGradients(PassContext& context, void* stream) {
-  return context.slot_gradients->BeginWrite(stream);
+absl::Status AllGatherLocations(PassContext& context, kernels::HeadRange kv_heads, void* stream) {
+  const int64_t num_blocks = context.blocks.num_slc_blocks;
+  const int64_t table = context.dims.num_kv_heads * num_blocks;  // of one rank
+  std::vector<comm::GatherRun> runs;
+  for (int rank = 0; rank < context.plan.num_ranks(); ++rank) {
+    runs.push_back(
+        {.rank = rank,
+         .offset_bytes = (rank * table + kv_heads.begin * num_blocks) * int64_t{sizeof(int32_t)},
+         .num_bytes = kv_heads.size() * num_blocks * int64_t{sizeof(int32_t)}});
+  }
+  return context.communicator->AllGather(context.locations, runs, stream);
 }
 
 absl::Status ReturnSlotGradients(PassContext& context, kernels::HeadRange kv_heads, int piece,
@@ -128,17 +137,6 @@ absl::Status ReturnSlotGradients(PassContext& context, kernels::HeadRange kv_hea
   const int64_t num_blocks = context.blocks.num_slc_blocks;
   const int64_t record_bytes = RecordGradientBytes(dims);
   const int64_t table = dims.num_kv_heads * num_blocks;  // of one rank's locations
-  int32_t* const locations = context.locations;
-  std::vector<comm::GatherRun> runs;
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    runs.push_back(
-        {.rank = rank,
-         .offset_bytes = (rank * table + kv_heads.begin * num_blocks) * int64_t{sizeof(int32_t)},
-         .num_bytes = kv_heads.size() * num_blocks * int64_t{sizeof(int32_t)}});
-  }
-  NSA_RETURN_IF_ERROR(context.communicator->AllGather(locations, runs, stream));
-  NSA_RETURN_IF_ERROR(context.slot_gradients->Publish(stream));
-
   const int64_t capacity = kv_heads.size() * context.rank_plan.num_own_slc_blocks;
   auto* const offsets = context.Buffer<int64_t>(kReturnListBuffer);
   auto* const peers = reinterpret_cast<int32_t*>(offsets + capacity);
@@ -151,7 +149,7 @@ absl::Status ReturnSlotGradients(PassContext& context, kernels::HeadRange kv_hea
     NSA_RETURN_IF_ERROR(context.kernels->PlanReturn(
         {.dims = dims,
          .kv_heads = kv_heads,
-         .peer_locations = locations + peer * table,
+         .peer_locations = context.locations + peer * table,
          .peer_own_records = context.blocks.slc_blocks_of_rank[peer] * dims.num_kv_heads,
          .peer = peer,
          .owners = OwnersOf(context),

@@ -37,10 +37,11 @@ absl::Status FetchBlocks(PassContext& context, const kernels::Queries& queries,
 absl::StatusOr<int64_t> ReadFetchCounters(PassContext& context, int piece, void* stream,
                                           RankStats& stats);
 
-// Step 6 backwards. Collective: lets peers read the gradients of the slots that `piece` has written
-// for these kv heads, and adds what peers have for own records, rank by rank.
-// BeginSlotGradients comes before they are written. `stream`: beside the call's.
-absl::Status BeginSlotGradients(PassContext& context, void* stream);
+// Collective: where all ranks' slots of these kv heads lie, which their return asks for.
+absl::Status AllGatherLocations(PassContext& context, kernels::HeadRange kv_heads, void* stream);
+
+// Step 6 backwards: adds what the peers' slots of `piece`, of these kv heads, have for own records,
+// rank by rank, once they have published them; releases the window. `stream`: beside the call's.
 absl::Status ReturnSlotGradients(PassContext& context, kernels::HeadRange kv_heads, int piece,
                                  void* stream);
 
