@@ -49,13 +49,17 @@ runs=(
 #   AttendSelectedKernel   slots, by cp.async.bulk; notes, by stores
 #   AttendSummariesKernel  items of work (WorkRing), by stores
 #   RankBlocksKernel       items of work; scores, which consumers store and selectors read
+#   AttendBackwardKernel   statistics of rows, by stores
+#   SelectedKeysKernel     rows and their statistics, by cp.async
+#   SelectedQueriesKernel  as AttendSelectedKernel
 # A slot is written after a wait for "empty" and read after a wait for "full". Two steps of that
-# racecheck does not follow, and so takes every turn of a ring for a race: that a bulk copy has
-# written when the barrier has counted its bytes; and that an arrival of lane 0 after __syncwarp
+# racecheck does not follow, and so takes every turn of a ring for a race: that a copy has written
+# when the barrier has counted it; and that an arrival of lane 0 after __syncwarp
 # speaks for all lanes of the warp. AttendSummariesKernel and RankBlocksKernel fill their other
 # rings by bulk copies too, but wgmma reads those, and reads of wgmma racecheck does not see. That
 # the barriers are right, synccheck and the tests for equal bits have to show.
-unseen_by_racecheck=(AttendSelectedKernel AttendSummariesKernel RankBlocksKernel)
+unseen_by_racecheck=(AttendSelectedKernel AttendSummariesKernel RankBlocksKernel
+  AttendBackwardKernel SelectedKeysKernel SelectedQueriesKernel)
 
 # Runs number $1 and leaves "clean", "failed" or "skipped" and why in $logs/$1.verdict.
 run() {
