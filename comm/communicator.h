@@ -76,6 +76,10 @@ class Window {
   virtual ~Window() = default;
   virtual void* data() = 0;               // this rank's memory, 256-byte aligned
   virtual int64_t num_bytes() const = 0;  // of this rank; may differ between ranks, may be 0
+  // Where this rank's threads, or its device's kernels, load and store `rank`'s memory, outside of
+  // epochs as in them; null where they cannot. Valid as long as the window, also when `rank` has
+  // died. In order with that rank's own use only by other means (such as a Barrier).
+  virtual void* PeerData(int /*rank*/) { return nullptr; }
 
   virtual absl::Status BeginWrite(void* stream) = 0;
   virtual absl::Status Publish(void* stream) = 0;
@@ -115,6 +119,8 @@ class Communicator {
 
   // OK, or the error that broke the communicator. Local, never waits.
   virtual absl::Status HealthCheck() = 0;
+  // Ranks that this rank knows to have died or to be cut off. Local, never waits.
+  virtual std::vector<int> LostRanks() { return {}; }
   // Breaks the communicator on every reachable rank: waits in progress and later calls return
   // Aborted with this rank and `reason`. Never waits for a peer.
   virtual void Abort(absl::string_view reason) = 0;

@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/backward_params.h"
+#include "kernels/decode_params.h"
 #include "kernels/params.h"
 #include "kernels/types.h"
 
@@ -110,6 +111,24 @@ class Kernels {
   virtual absl::Status AddIndexedRows(const AddIndexedRowsParams& params, void* stream) = 0;
   virtual absl::Status AddRows(const AddRowsParams& params, void* stream) = 0;
   virtual absl::Status StoreGradient(const StoreGradientParams& params, void* stream) = 0;
+
+  // Decoding; see decode_params.h. DecodeScratchBytes: of a step within `limits`.
+  virtual int64_t DecodeScratchBytes(const AttentionDims& /*dims*/,
+                                     const DecodeLimits& /*limits*/) const {
+    return 0;
+  }
+  virtual absl::Status AppendTokens(const AppendTokensParams& /*params*/, void* /*stream*/) {
+    return absl::UnimplementedError("AppendTokens");
+  }
+  virtual absl::Status DecodeSelect(const DecodeSelectParams& /*params*/, void* /*stream*/) {
+    return absl::UnimplementedError("DecodeSelect");
+  }
+  virtual absl::Status DecodeAttend(const DecodeAttendParams& /*params*/, void* /*stream*/) {
+    return absl::UnimplementedError("DecodeAttend");
+  }
+  virtual absl::Status CopyPieces(const CopyPiecesParams& /*params*/, void* /*stream*/) {
+    return absl::UnimplementedError("CopyPieces");
+  }
 };
 
 }  // namespace nsa::kernels
