@@ -27,8 +27,8 @@ struct DecodeRow {
   int64_t position;  // in the sequence
 };
 
-// Addresses of pages, by sequence. Entries that a step does not need may be anything: it needs, of a
-// query at position t, slc pages it selects, win pages of (t - w, t], cmp pages of the tokens of
+// Addresses of pages, by sequence. Entries that a step does not need may be anything: it needs, of
+// a query at position t, slc pages it selects, win pages of (t - w, t], cmp pages of the tokens of
 // blocks that end in the step's tokens, and summary pages of blocks that end at or before t.
 // Branches that share k and v share tables.
 struct PageTables {

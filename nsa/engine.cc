@@ -122,6 +122,10 @@ class EngineImpl final : public Engine {
     return stats;
   }
 
+  ForwardBlocks LastBlocks() const override {
+    return {.summaries = context_->summaries, .records = context_->records->data()};
+  }
+
   const ShardPlan& shard_plan() const override { return context_->plan; }
   const BlockMap& block_map() const override { return context_->blocks; }
 

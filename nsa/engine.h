@@ -147,6 +147,15 @@ struct Gradients {
   }
 };
 
+// What a Forward leaves in the engine's memory, until the engine's next call: what a cache takes
+// over (nsa/serving/kv_cache.h).
+struct ForwardBlocks {
+  // [N,Hkv*(Dk+Dv)] of the whole sequence: kc [Hkv,Dk] and then vc [Hkv,Dv] in each row.
+  const void* summaries = nullptr;
+  // [Hkv,own select blocks] records of this rank, in the layout of Kernels::PackBlocks.
+  const void* records = nullptr;
+};
+
 class Engine {
  public:
   // Collective. Takes all memory that later calls use. Engines whose calls may run at the same time
@@ -189,6 +198,8 @@ class Engine {
   virtual absl::StatusOr<RankStats> LastStats() = 0;
   // Collective: the same of all ranks, block_bytes_sent filled in.
   virtual absl::StatusOr<ForwardStats> GatherStats() = 0;
+
+  virtual ForwardBlocks LastBlocks() const = 0;
 
   virtual const ShardPlan& shard_plan() const = 0;
   virtual const BlockMap& block_map() const = 0;

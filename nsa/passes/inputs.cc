@@ -151,29 +151,34 @@ std::array<BranchInputs, 3> BranchesOf(const ForwardInputs& inputs) {
   return branches;
 }
 
-namespace {
-
-absl::Status CheckInputs(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
-                         const ForwardInputs& inputs) {
-  const NsaConfig& config = options.config;
-  const int64_t hq = config.num_q_heads;
-  const int64_t hkv = config.num_kv_heads;
-  const int64_t dk = config.head_dim_qk;
-  const int64_t dv = config.head_dim_v;
+absl::Status CheckKeysAndValues(const EngineOptions& options, int64_t num_tokens,
+                                int64_t row_alignment, const ForwardInputs& inputs) {
+  const int64_t hkv = options.config.num_kv_heads;
+  const int64_t dk = options.config.head_dim_qk;
+  const int64_t dv = options.config.head_dim_v;
   const auto check = [&](absl::string_view name, const ConstTensor& tensor, int64_t heads,
                          int64_t dim) {
     return CheckActivation(name, tensor, options.dtype, {num_tokens, heads, dim}, row_alignment);
   };
-  NSA_RETURN_IF_ERROR(check("q", inputs.q, hq, dk));
   NSA_RETURN_IF_ERROR(check("k_cmp", inputs.k_cmp, hkv, dk));
   NSA_RETURN_IF_ERROR(check("v_cmp", inputs.v_cmp, hkv, dv));
   NSA_RETURN_IF_ERROR(check("k_slc", inputs.k_slc, hkv, dk));
   NSA_RETURN_IF_ERROR(check("v_slc", inputs.v_slc, hkv, dv));
   NSA_RETURN_IF_ERROR(check("k_win", inputs.k_win, hkv, dk));
   NSA_RETURN_IF_ERROR(check("v_win", inputs.v_win, hkv, dv));
-  NSA_RETURN_IF_ERROR(CheckTensorOrF32("gate", inputs.gate, options.dtype, {num_tokens, hq, 3}));
   NSA_RETURN_IF_ERROR(ParamsChecker(options, "compress_k", dk, inputs.compress_k).Check());
   return ParamsChecker(options, "compress_v", dv, inputs.compress_v).Check();
+}
+
+namespace {
+
+absl::Status CheckInputs(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
+                         const ForwardInputs& inputs) {
+  const int64_t hq = options.config.num_q_heads;
+  NSA_RETURN_IF_ERROR(CheckActivation("q", inputs.q, options.dtype,
+                                      {num_tokens, hq, options.config.head_dim_qk}, row_alignment));
+  NSA_RETURN_IF_ERROR(CheckTensorOrF32("gate", inputs.gate, options.dtype, {num_tokens, hq, 3}));
+  return CheckKeysAndValues(options, num_tokens, row_alignment, inputs);
 }
 
 // One of Gradients, which may be unset.

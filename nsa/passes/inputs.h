@@ -27,6 +27,10 @@ int64_t HiddenWidth(const CompressorParams& params);
 absl::Status CheckForward(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
                           const ForwardInputs& inputs, const ForwardOutputs& outputs);
 
+// The same, for keys, values and compressors' parameters alone.
+absl::Status CheckKeysAndValues(const EngineOptions& options, int64_t num_tokens,
+                                int64_t row_alignment, const ForwardInputs& inputs);
+
 // The same, for a backward of these inputs, but for `saved`.
 absl::Status CheckBackward(const EngineOptions& options, int64_t num_tokens, int64_t row_alignment,
                            const ForwardInputs& inputs, const ConstTensor& d_o,

@@ -5,7 +5,6 @@
 #include <vector>
 
 namespace nsa {
-namespace {
 
 kernels::CompressorWeights WeightsOf(const CompressorParams& params) {
   kernels::CompressorWeights weights;
@@ -25,6 +24,8 @@ kernels::CompressorWeights WeightsOf(const CompressorParams& params) {
   weights.b2 = params.b2.data;
   return weights;
 }
+
+namespace {
 
 // A learned tensor's gradient: where it is computed, and where the caller wants it.
 struct WeightGradient {

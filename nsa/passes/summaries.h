@@ -20,6 +20,8 @@ struct Summaries {
 
 Summaries SummariesOf(const PassContext& context);
 
+kernels::CompressorWeights WeightsOf(const CompressorParams& params);
+
 // The ranges of the summaries buffer that each rank provides, in global block order.
 std::vector<comm::GatherRun> SummaryRuns(const NsaConfig& config,
                                          const kernels::AttentionDims& dims, const ShardPlan& plan,

@@ -1,11 +1,12 @@
 // A cache of keys and values for decoding, pooled over the ranks of a communicator.
 //
-// Each sequence has a home: the rank that opened it, appends to it, holds its summaries and runs its
-// queries. Its keys and values lie in pages of one select block (l' tokens of all kv heads), which
-// may lie on any rank. Every rank's memory for pages is dealt out to the homes at creation, and a
-// home alone says what becomes of its pages, wherever they are: so sequences are opened, appended
-// to, rolled back, forked and closed, and decoded, without a word to other ranks. Kernels read pages
-// of other ranks in place, where these can be loaded; elsewhere a step fetches what it selects
+// Each sequence has a home: the rank that opened it, appends to it, holds its summaries and runs
+// its queries. Its keys and values lie in pages of one select block (l' tokens of all kv heads),
+// which may lie on any rank. Every rank's memory for pages is dealt out to the homes at creation,
+// and a home alone says what becomes of its pages, wherever they are: so sequences are opened,
+// appended to, rolled back, forked and closed, and decoded, without a word to other ranks. Kernels
+// read pages of other ranks in place, where these can be loaded; elsewhere a step fetches what it
+// selects
 // (`is_reachable`).
 //
 // What is computed is the forward's function (nsa/engine.h) for the new tokens, each as token t of
@@ -52,7 +53,8 @@ struct KvCacheOptions {
   // The branches are given the same k and v. Else pages of the window's and of the compression's
   // are kept beside the selected branch's, for the tokens that these still need.
   bool shares_kv = true;
-  // Tokens that Truncate can take back where those pages are kept (`!shares_kv || !is_reachable()`).
+  // Tokens that Truncate can take back where those pages are kept (`!shares_kv ||
+  // !is_reachable()`).
   int64_t max_rollback_tokens = 64;
   CompressorParams compress_k;  // must outlive the cache
   CompressorParams compress_v;
@@ -73,8 +75,8 @@ struct StepSequence {
 
 // Rows are the new tokens of all sequences, R in number.
 struct StepInputs {
-  ConstTensor q;  // [R,Hq,Dk]
-  KvTokens kv;    // [R,...]
+  ConstTensor q;     // [R,Hq,Dk]
+  KvTokens kv;       // [R,...]
   ConstTensor gate;  // [R,Hq,3] f32 or options.dtype, after its sigmoid, order (cmp, slc, win)
 };
 
@@ -85,14 +87,15 @@ struct StepOutputs {
 
 struct KvCacheStats {
   int32_t sequences = 0;
-  int64_t pages = 0;       // of this home, on all ranks
-  int64_t pages_used = 0;  // shared ones counted once
+  int64_t pages = 0;                        // of this home, on all ranks
+  int64_t pages_used = 0;                   // shared ones counted once
   std::vector<int64_t> pages_used_of_rank;  // [P] of this home
   int64_t summary_pages = 0;
   int64_t summary_pages_used = 0;
   int64_t steps = 0;
   int64_t tokens_appended = 0;
-  int64_t bytes_fetched = 0;  // by steps, of records from other ranks (0 where they are read in place)
+  int64_t bytes_fetched =
+      0;  // by steps, of records from other ranks (0 where they are read in place)
 };
 
 class KvCache {
@@ -105,15 +108,16 @@ class KvCache {
       std::shared_ptr<kernels::Kernels> kernels);
   virtual ~KvCache() = default;
 
-  // Whether kernels load the pages of every rank in place. Else Step is collective: every rank calls
-  // it, with no sequences if it has none.
+  // Whether kernels load the pages of every rank in place. Else Step is collective: every rank
+  // calls it, with no sequences if it has none.
   virtual bool is_reachable() const = 0;
 
   // An empty sequence, whose home is this rank.
   virtual absl::StatusOr<SequenceId> Open() = 0;
   virtual absl::StatusOr<int64_t> NumTokens(SequenceId sequence) const = 0;
   // Appends T >= 1 tokens without attending to anything.
-  virtual absl::Status Append(SequenceId sequence, const KvTokens& tokens, void* stream = nullptr) = 0;
+  virtual absl::Status Append(SequenceId sequence, const KvTokens& tokens,
+                              void* stream = nullptr) = 0;
   // Collective: appends to an empty sequence of rank `home` (others pass any `sequence`) the tokens
   // of one document of the last Forward of `engine`, which had these `inputs`, of the same config,
   // dtype, communicator and kernels. Blocks stay on the ranks that own them; the home gets the
@@ -137,8 +141,11 @@ class KvCache {
                     const StepOutputs& outputs, void* stream = nullptr);
   virtual absl::Status PlanStep(absl::Span<const StepSequence> batch, void* stream = nullptr) = 0;
   // The tensors have `num_rows` rows, at least those of the plan.
-  virtual absl::Status RunStep(int64_t num_rows, const StepInputs& inputs, const StepOutputs& outputs,
-                               void* stream = nullptr) = 0;
+  virtual absl::Status RunStep(int64_t num_rows, const StepInputs& inputs,
+                               const StepOutputs& outputs, void* stream = nullptr) = 0;
+  // What Step asks of the tensors.
+  virtual absl::Status CheckTensors(int64_t num_rows, const StepInputs& inputs,
+                                    const StepOutputs& outputs) const = 0;
   // Whether this sequence alone could take a step of `num_new` tokens now.
   virtual absl::Status Check(const StepSequence& step) const = 0;
 
