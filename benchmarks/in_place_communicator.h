@@ -48,6 +48,7 @@ class InPlaceCommunicator final : public comm::Communicator {
   }
   absl::Status Barrier() override { return to_->Barrier(); }
   absl::Status HealthCheck() override { return to_->HealthCheck(); }
+  std::vector<int> LostRanks() override { return to_->LostRanks(); }
   void Abort(absl::string_view reason) override { to_->Abort(reason); }
 
  private:
@@ -58,6 +59,7 @@ class InPlaceCommunicator final : public comm::Communicator {
 
     void* data() override { return to_->data(); }
     int64_t num_bytes() const override { return to_->num_bytes(); }
+    void* PeerData(int rank) override { return to_->PeerData(rank); }
     absl::Status BeginWrite(void* stream) override {
       return in_place_ ? absl::OkStatus() : to_->BeginWrite(stream);
     }

@@ -79,7 +79,7 @@ class Window {
   // Where this rank's threads, or its device's kernels, load and store `rank`'s memory, outside of
   // epochs as in them; null where they cannot. Valid as long as the window, also when `rank` has
   // died. In order with that rank's own use only by other means (such as a Barrier).
-  virtual void* PeerData(int /*rank*/) { return nullptr; }
+  virtual void* PeerData(int rank) = 0;
 
   virtual absl::Status BeginWrite(void* stream) = 0;
   virtual absl::Status Publish(void* stream) = 0;
@@ -120,7 +120,7 @@ class Communicator {
   // OK, or the error that broke the communicator. Local, never waits.
   virtual absl::Status HealthCheck() = 0;
   // Ranks that this rank knows to have died or to be cut off. Local, never waits.
-  virtual std::vector<int> LostRanks() { return {}; }
+  virtual std::vector<int> LostRanks() = 0;
   // Breaks the communicator on every reachable rank: waits in progress and later calls return
   // Aborted with this rank and `reason`. Never waits for a peer.
   virtual void Abort(absl::string_view reason) = 0;

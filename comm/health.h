@@ -1,8 +1,12 @@
-// The first error of a communicator, which then answers every later call.
+// The first error of a communicator, which then answers every later call, and the ranks it has
+// lost.
 #ifndef COMM_HEALTH_H_
 #define COMM_HEALTH_H_
 
 #include <atomic>
+#include <set>
+#include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -23,6 +27,18 @@ class Health {
     return first_;
   }
 
+  // `rank` has died or is cut off. Before the Break that this brings, so that whoever sees the
+  // error finds the rank.
+  void MarkLost(int rank) {
+    absl::MutexLock lock(&mu_);
+    lost_.insert(rank);
+  }
+  // Ascending.
+  std::vector<int> lost_ranks() const {
+    absl::MutexLock lock(&mu_);
+    return {lost_.begin(), lost_.end()};
+  }
+
   bool broken() const { return broken_.load(std::memory_order_acquire); }
 
   // OK or the first error.
@@ -34,6 +50,7 @@ class Health {
  private:
   mutable absl::Mutex mu_;
   absl::Status first_ ABSL_GUARDED_BY(mu_);
+  std::set<int> lost_ ABSL_GUARDED_BY(mu_);
   std::atomic<bool> broken_{false};
 };
 

@@ -144,6 +144,9 @@ absl::StatusOr<std::unique_ptr<Window>> HostCommunicator::CreateWindow(int64_t n
     (*window)->window_bytes_.push_back(peer_bytes);
   }
   if (absl::Status s = (*window)->Connect(exported); !s.ok()) return health_.Break(std::move(s));
+  // Nobody destroys a window that another has yet to find.
+  all = GatherBlobs(CallKind::kCreateWindow, "");
+  if (!all.ok()) return all.status();
   return *std::move(window);
 }
 

@@ -71,6 +71,7 @@ class HostCommunicator : public Communicator {
   absl::StatusOr<std::vector<std::string>> HostAllGather(absl::string_view mine) final;
   absl::Status Barrier() final;
   absl::Status HealthCheck() final { return health_.status(); }
+  std::vector<int> LostRanks() final { return health_.lost_ranks(); }
 
  protected:
   HostCommunicator(int rank, int size, absl::Duration timeout)

@@ -77,6 +77,7 @@ class DeviceWindow : public Window {
       : base_(*base), inner_(std::move(inner)), window_bytes_(std::move(window_bytes)) {}
 
   int64_t num_bytes() const override { return inner_->num_bytes(); }
+  void* PeerData(int rank) override { return rank == base_.host().rank() ? data() : nullptr; }
   absl::Status BeginWrite(void* stream) override {
     if (absl::Status s = InOrder(&WindowOrder::BeginWrite); !s.ok()) return s;
     return inner_->BeginWrite(stream);
@@ -223,6 +224,7 @@ class StagedCommunicator final : public Communicator {
   }
   absl::Status Barrier() override { return base_.host().Barrier(); }
   absl::Status HealthCheck() override { return base_.host().HealthCheck(); }
+  std::vector<int> LostRanks() override { return base_.host().LostRanks(); }
   void Abort(absl::string_view reason) override { base_.host().Abort(reason); }
 
  private:

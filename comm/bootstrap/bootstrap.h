@@ -44,8 +44,8 @@ class Bootstrap {
                                                              absl::string_view call) = 0;
 
   // `handler` is called for every event of a peer, earlier ones first, one at a time, from a thread
-  // of the bootstrap; it must not call the bootstrap. With nullptr no call is in progress when this
-  // returns, nor will there be one.
+  // of the bootstrap, before an AllGather ends by the event; it must not call the bootstrap. With
+  // nullptr no call is in progress when this returns, nor will there be one.
   //
   // Events pass through rank 0. Once rank 0 has left in good order no more come: the others then
   // notice a death by their transport or their deadlines.

@@ -111,19 +111,19 @@ void ControlPlane::SetPeerHandler(std::function<void(const PeerEvent&)> handler)
   for (const PeerEvent& event : events_) handler_(event);
 }
 
-void ControlPlane::Announce(PeerEvent event) {
+void ControlPlane::Announce(const PeerEvent& event) {
   {
-    absl::MutexLock lock(&mu_);
-    if (event.kind == PeerEvent::Kind::kLeft) {
-      if (first_left_ < 0) first_left_ = event.rank;
-    } else if (failure_.ok()) {
-      failure_ = event.error;
-    }
-    changed_.SignalAll();
+    absl::MutexLock lock(&handler_mu_);
+    events_.push_back(event);
+    if (handler_ != nullptr) handler_(event);
   }
-  absl::MutexLock lock(&handler_mu_);
-  events_.push_back(std::move(event));
-  if (handler_ != nullptr) handler_(events_.back());
+  absl::MutexLock lock(&mu_);
+  if (event.kind == PeerEvent::Kind::kLeft) {
+    if (first_left_ < 0) first_left_ = event.rank;
+  } else if (failure_.ok()) {
+    failure_ = event.error;
+  }
+  changed_.SignalAll();
 }
 
 ControlPlane::Gather& ControlPlane::GatherNumber(int64_t number) {

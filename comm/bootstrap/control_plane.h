@@ -83,7 +83,7 @@ class ControlPlane final : public Bootstrap {
 
   void Handle(Link& link, Frame frame);
   void HandleContribution(Frame frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void Announce(PeerEvent event) ABSL_LOCKS_EXCLUDED(mu_, handler_mu_);
+  void Announce(const PeerEvent& event) ABSL_LOCKS_EXCLUDED(mu_, handler_mu_);
 
   void Queue(Link& link, const Frame& frame) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // To every link but that of rank `except`.

@@ -83,6 +83,7 @@ class HostViewWindow final : public Window {
   }
   void* data() override { return data_; }
   int64_t num_bytes() const override { return inner_->num_bytes(); }
+  void* PeerData(int rank) override { return rank == device_.comm->rank() ? data_ : nullptr; }
 
   absl::Status BeginWrite(void*) override { return device_.Settle(inner_->BeginWrite(nullptr)); }
   absl::Status Publish(void*) override {
@@ -187,6 +188,7 @@ class HostView final : public Communicator {
   }
   absl::Status Barrier() override { return device_.comm->Barrier(); }
   absl::Status HealthCheck() override { return device_.comm->HealthCheck(); }
+  std::vector<int> LostRanks() override { return device_.comm->LostRanks(); }
   void Abort(absl::string_view reason) override { device_.comm->Abort(reason); }
 
  private:

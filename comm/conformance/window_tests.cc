@@ -312,6 +312,62 @@ absl::Status ReadsNeedNoCallAtTheOwner(const Context& context) {
   return (*comm)->Barrier();
 }
 
+// What a rank reaches of its peers' windows is their memory, outside of epochs and after the peers
+// have destroyed them.
+absl::Status PeerDataIsTheirs(const Context& context) {
+  auto comm = context.create(kTimeout);
+  NSA_COMM_OK(comm.status());
+  const int64_t num_words = 1000 + context.size;
+  auto window = (*comm)->CreateWindow(num_words * 8);
+  NSA_COMM_OK(window.status());
+  NSA_COMM_CHECK((*window)->PeerData(context.rank) == (*window)->data(), "of the own rank");
+  FillWindow(**window, context.rank, 1);
+  NSA_COMM_OK((*comm)->Barrier());
+  const auto words_of = [&](int peer) { return static_cast<uint64_t*>((*window)->PeerData(peer)); };
+  const auto holds_first = [&](int peer, int64_t end) -> absl::Status {
+    for (int64_t i = 0; i < end; ++i) {
+      NSA_COMM_CHECK(words_of(peer)[i] == Word(peer, 1, i),
+                     absl::StrCat("word ", i, " of rank ", peer));
+    }
+    return absl::OkStatus();
+  };
+  for (int peer = 0; peer < context.size; ++peer) {
+    if (words_of(peer) != nullptr) NSA_COMM_OK(holds_first(peer, num_words));
+  }
+  NSA_COMM_OK((*comm)->Barrier());
+  // Each rank has a word in every window.
+  for (int peer = 0; peer < context.size; ++peer) {
+    if (words_of(peer) != nullptr)
+      words_of(peer)[1000 + context.rank] = Word(context.rank, 2, peer);
+  }
+  NSA_COMM_OK((*comm)->Barrier());
+  for (int peer = 0; peer < context.size; ++peer) {
+    // Who is reached reaches back.
+    const uint64_t want = words_of(peer) != nullptr ? Word(peer, 2, context.rank)
+                                                    : Word(context.rank, 1, 1000 + peer);
+    NSA_COMM_CHECK(words_of(context.rank)[1000 + peer] == want, absl::StrCat("from rank ", peer));
+  }
+  NSA_COMM_CHECK((*comm)->LostRanks().empty(), "all are well");
+  if (context.rank == context.size - 1) window->reset();
+  NSA_COMM_OK((*comm)->Barrier());
+  if (*window != nullptr && words_of(context.size - 1) != nullptr) {
+    NSA_COMM_OK(holds_first(context.size - 1, 1000));
+  }
+  return (*comm)->Barrier();
+}
+
+// A window may go as soon as it is made, though others have just learned of it.
+absl::Status DestroyedAtOnce(const Context& context) {
+  auto comm = context.create(kTimeout);
+  NSA_COMM_OK(comm.status());
+  for (int round = 0; round < 50; ++round) {
+    auto window = (*comm)->CreateWindow(100000);
+    NSA_COMM_OK(window.status());
+    if (context.rank != round % context.size) window->reset();
+  }
+  return (*comm)->Barrier();
+}
+
 }  // namespace
 
 std::vector<Test> WindowTests() {
@@ -325,6 +381,8 @@ std::vector<Test> WindowTests() {
       {"SeveralWindows", 1, SeveralWindows},
       {"DestroyedIsReleased", 1, DestroyedIsReleased},
       {"ReadsNeedNoCallAtTheOwner", 2, ReadsNeedNoCallAtTheOwner},
+      {"PeerDataIsTheirs", 1, PeerDataIsTheirs},
+      {"DestroyedAtOnce", 2, DestroyedAtOnce},
   };
 }
 

@@ -30,6 +30,7 @@ class LoopbackWindow final : public HostWindow {
 
   void* data() override { return memory_->data(); }
   int64_t num_bytes() const override { return memory_->num_bytes(); }
+  void* PeerData(int rank) override { return peers_[rank]->data(); }
 
  private:
   std::string Export() const override { return ""; }

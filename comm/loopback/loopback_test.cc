@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "comm/conformance/check.h"
 #include "comm/conformance/conformance.h"
 #include "comm/conformance/launch.h"
 #include "gtest/gtest.h"
@@ -73,6 +74,22 @@ INSTANTIATE_TEST_SUITE_P(All, LoopbackConformance, testing::ValuesIn(Cases()),
                            return absl::StrCat(std::get<0>(info.param).name, "_",
                                                std::get<1>(info.param), "ranks");
                          });
+
+TEST(LoopbackWindowTest, ReachesAllPeers) {
+  auto group = LoopbackGroup::Create(3);
+  ASSERT_TRUE(group.ok()) << group.status();
+  EXPECT_EQ(conformance::RunOnThreads(3,
+                                      [&](int rank) -> absl::Status {
+                                        auto window = (*group)[rank]->CreateWindow(64);
+                                        NSA_COMM_OK(window.status());
+                                        for (int peer = 0; peer < 3; ++peer) {
+                                          NSA_COMM_CHECK((*window)->PeerData(peer) != nullptr,
+                                                         peer);
+                                        }
+                                        return absl::OkStatus();
+                                      }),
+            absl::OkStatus());
+}
 
 TEST(LoopbackGroupTest, RejectsBadSize) {
   const absl::Status status = LoopbackGroup::Create(0).status();

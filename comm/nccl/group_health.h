@@ -3,6 +3,7 @@
 #define COMM_NCCL_GROUP_HEALTH_H_
 
 #include <atomic>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
@@ -32,6 +33,10 @@ class GroupHealth {
   // Takes up what kernels have found. Then OK or the first error.
   absl::Status Check();
   bool broken() const { return health_.broken(); }
+
+  // As those of Health.
+  void MarkLost(int rank) { health_.MarkLost(rank); }
+  std::vector<int> lost_ranks() const { return health_.lost_ranks(); }
 
   // As the device sees it.
   FaultBoard* device_board() const { return device_board_; }

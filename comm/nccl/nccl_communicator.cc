@@ -57,6 +57,7 @@ class Impl final : public Communicator {
   }
   absl::Status Barrier() override { return GatherBlobs(CallKind::kBarrier, "").status(); }
   absl::Status HealthCheck() override { return health_.Check(); }
+  std::vector<int> LostRanks() override { return health_.lost_ranks(); }
   void Abort(absl::string_view reason) override;
 
  private:
@@ -241,6 +242,7 @@ void Impl::OnPeerEvent(const PeerEvent& event) {
     health_.MarkLeft(event.rank);
     watchdog_->OnLeft(event.rank);
   } else {
+    if (event.kind == PeerEvent::Kind::kDied) health_.MarkLost(event.rank);
     health_.Break(event.error).IgnoreError();
     watchdog_->Wake();
   }

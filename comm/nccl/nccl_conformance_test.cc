@@ -159,6 +159,42 @@ TEST(NcclGraph, EpochsAndCollectivesReplay) {
   EXPECT_EQ(conformance::RunOnProcesses(size, run), absl::OkStatus());
 }
 
+// Device memory of peers, which the suite does not see from the host.
+TEST(NcclWindow, ReachesAllPeers) {
+  const int size = conformance::CountGpus();
+  if (size < 1) GTEST_SKIP() << "needs a GPU";
+  constexpr int64_t kBytes = 1 << 20;
+  const int port = conformance::FreePort();
+  const auto run = [&](int rank) -> absl::Status {
+    auto comm = nccl::CreateOnThisHost("peers", rank, size, port, {});
+    NSA_COMM_OK(comm.status());
+    auto window = (*comm)->CreateWindow(size * kBytes);
+    NSA_COMM_OK(window.status());
+    NSA_COMM_CHECK((*window)->PeerData(rank) == (*window)->data(), "of the own rank");
+    // Each rank stores a part of every window, and loads what others have stored in every window.
+    const auto part = [&](int peer, int of) {
+      return static_cast<char*>((*window)->PeerData(peer)) + of * kBytes;
+    };
+    for (int peer = 0; peer < size; ++peer) {
+      NSA_COMM_CHECK((*window)->PeerData(peer) != nullptr, peer);
+      NSA_COMM_CUDA_OK(cudaMemset(part(peer, rank), 16 * peer + rank, kBytes));
+    }
+    NSA_COMM_CUDA_OK(cudaDeviceSynchronize());
+    NSA_COMM_OK((*comm)->Barrier());
+    std::vector<char> got(kBytes);
+    for (int peer = 0; peer < size; ++peer) {
+      for (int of = 0; of < size; ++of) {
+        NSA_COMM_CUDA_OK(cudaMemcpy(got.data(), part(peer, of), kBytes, cudaMemcpyDeviceToHost));
+        NSA_COMM_CHECK(std::all_of(got.begin(), got.end(),
+                                   [&](char c) { return c == static_cast<char>(16 * peer + of); }),
+                       absl::StrCat("part of rank ", of, " in the window of rank ", peer));
+      }
+    }
+    return (*comm)->Barrier();
+  };
+  EXPECT_EQ(conformance::RunOnProcesses(size, run), absl::OkStatus());
+}
+
 std::vector<Test> Without(std::vector<Test> tests, absl::string_view part) {
   tests.erase(std::remove_if(tests.begin(), tests.end(),
                              [&](const Test& test) { return absl::StrContains(test.name, part); }),

@@ -1,6 +1,8 @@
 // Processes that are killed or stopped while others wait for them on their GPUs.
+#include <cuda_runtime_api.h>
 #include <signal.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <string>
@@ -14,6 +16,7 @@
 #include "comm/conformance/gpus.h"
 #include "comm/conformance/launch.h"
 #include "comm/conformance/waits.h"
+#include "comm/cuda_status.h"
 #include "comm/nccl/test_group.h"
 #include "gtest/gtest.h"
 
@@ -121,9 +124,11 @@ TEST_P(NcclFault, NamesTheVictim) {
           NSA_COMM_FAILS(status, absl::StatusCode::kUnavailable,
                          absl::StrCat("rank ", victim, " died"));
           NSA_COMM_CHECK(absl::Now() - start < absl::Seconds(10), "long before the deadline");
+          NSA_COMM_CHECK(comm->LostRanks() == std::vector<int>{victim}, "the victim alone");
         } else {
           NSA_COMM_FAILS(status, absl::StatusCode::kDeadlineExceeded, " waited 1s for rank");
           NSA_COMM_FAILS(status, status.code(), absl::StrCat(" ", victim));
+          NSA_COMM_CHECK(comm->LostRanks().empty(), "late is not lost");
         }
         NSA_COMM_CHECK(comm->HealthCheck() == status, "the error must stick");
         NSA_COMM_CHECK(comm->Barrier() == status, "the error must stick");
@@ -172,6 +177,44 @@ INSTANTIATE_TEST_SUITE_P(All, NcclFault, testing::ValuesIn(Cases()), [](const au
                       std::get<2>(info.param) == SIGKILL ? "_killed" : "_stopped",
                       std::get<3>(info.param) ? "" : "_packs");
 });
+
+// A rank that is left keeps the windows of the dead.
+TEST(NcclLoss, MemoryOfTheDeadStays) {
+  const int size = conformance::CountGpus();
+  if (size < 2) GTEST_SKIP() << "needs two GPUs";
+  constexpr int64_t kBytes = 4 << 20;
+  const int port = FreePort();
+  Processes processes(size, [&](int rank) -> absl::Status {
+    auto comm = nccl::CreateOnThisHost("loss", rank, size, port, {});
+    NSA_COMM_OK(comm.status());
+    auto window = (*comm)->CreateWindow(kBytes);
+    NSA_COMM_OK(window.status());
+    NSA_COMM_CUDA_OK(cudaMemset((*window)->data(), rank + 1, kBytes));
+    NSA_COMM_CUDA_OK(cudaDeviceSynchronize());
+    NSA_COMM_OK((*comm)->Barrier());
+    Notify();
+    if (rank == 1) absl::SleepFor(absl::Seconds(60));
+    const absl::Time start = absl::Now();
+    while ((*comm)->LostRanks() != std::vector<int>{1}) {
+      NSA_COMM_CHECK(absl::Now() - start < absl::Seconds(10), "the death must be noticed");
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+    std::vector<char> got(kBytes);
+    NSA_COMM_CUDA_OK(
+        cudaMemcpy(got.data(), (*window)->PeerData(1), kBytes, cudaMemcpyDeviceToHost));
+    NSA_COMM_CHECK(std::all_of(got.begin(), got.end(), [](char c) { return c == 2; }), "bytes");
+    return absl::OkStatus();
+  });
+  for (int rank = 0; rank < size; ++rank) {
+    ASSERT_TRUE(processes.AwaitNotify(rank, absl::Seconds(40)));
+  }
+  processes.Signal(1, SIGKILL);
+  const auto results = processes.Join();
+  for (int rank = 0; rank < size; ++rank) {
+    if (rank == 1) continue;
+    EXPECT_EQ(results[rank].status, absl::OkStatus()) << "rank " << rank;
+  }
+}
 
 }  // namespace
 }  // namespace nsa::comm

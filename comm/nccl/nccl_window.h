@@ -33,6 +33,7 @@ class NcclWindow final : public DeviceWindow {
 
   void* data() override { return data_; }
   int64_t num_bytes() const override { return window_bytes_[context_.rank]; }
+  void* PeerData(int rank) override { return alone() ? data_ : buffer_->peer_data(rank); }
   absl::Status BeginWrite(void* stream) override;
   absl::Status Publish(void* stream) override;
   absl::Status Gather(const GatherList& list, int64_t record_bytes, void* dst,

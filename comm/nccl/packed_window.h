@@ -36,6 +36,7 @@ class PackedWindow final : public DeviceWindow {
 
   void* data() override { return memory_.get(); }
   int64_t num_bytes() const override { return window_bytes_[context_.rank]; }
+  void* PeerData(int rank) override { return rank == context_.rank ? data() : nullptr; }
   absl::Status BeginWrite(void* stream) override;
   absl::Status Publish(void* stream) override;
   absl::Status Gather(const GatherList& list, int64_t record_bytes, void* dst,

@@ -70,6 +70,9 @@ absl::Status PeerBuffer::Register(NcclHandle& nccl, int rank, int size, absl::Du
   absl::StatusOr<DevicePtr<char*>> bases = AllocateDevice<char*>(size);
   if (!bases.ok()) return bases.status();
   NSA_COMM_CUDA_OK(LaunchLsaPointers(window_, rank, size, data_, bases->get(), stream));
+  host_bases_.resize(size);
+  NSA_COMM_CUDA_OK(cudaMemcpyAsync(host_bases_.data(), bases->get(), size * sizeof(char*),
+                                   cudaMemcpyDeviceToHost, stream));
   NSA_COMM_CUDA_OK(cudaStreamSynchronize(stream));
   bases_ = *std::move(bases);
   return absl::OkStatus();

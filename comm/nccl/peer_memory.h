@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -40,6 +41,8 @@ class PeerBuffer {
   int64_t num_bytes() const { return num_bytes_; }
   // [size] in device memory.
   char* const* bases() const { return bases_.get(); }
+  // The same, for the host; reachable() only.
+  char* peer_data(int rank) const { return host_bases_[rank]; }
 
  private:
   PeerBuffer(char* data, int64_t num_bytes) : data_(data), num_bytes_(num_bytes) {}
@@ -48,6 +51,7 @@ class PeerBuffer {
   const int64_t num_bytes_;
   ncclWindow_t window_ = nullptr;
   DevicePtr<char*> bases_;
+  std::vector<char*> host_bases_;
 };
 
 }  // namespace nsa::comm::nccl

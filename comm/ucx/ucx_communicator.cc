@@ -143,6 +143,7 @@ void Impl::Abort(absl::string_view reason) {
 }
 
 void Impl::OnPeerEvent(const PeerEvent& event) {
+  if (event.kind == PeerEvent::Kind::kDied) health().MarkLost(event.rank);
   if (event.kind != PeerEvent::Kind::kLeft) health().Break(event.error).IgnoreError();
   absl::MutexLock lock(&worker_->mu());
   if (event.kind == PeerEvent::Kind::kLeft) {

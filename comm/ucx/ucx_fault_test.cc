@@ -2,7 +2,9 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <cstring>
 #include <functional>
+#include <numeric>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -132,8 +134,9 @@ using Case = std::tuple<Transport, Work, int /*victim*/>;
 class UcxFault : public testing::TestWithParam<Case> {
  protected:
   // One rank of a group whose victim is about to get `signal`.
-  static absl::Status RunRank(const Case& parameters, int rank, int port, absl::Duration timeout,
-                              const std::function<absl::Status(const absl::Status&)>& check) {
+  static absl::Status RunRank(
+      const Case& parameters, int rank, int port, absl::Duration timeout,
+      const std::function<absl::Status(const absl::Status&, Communicator&)>& check) {
     const auto& [transport, work, victim] = parameters;
     auto comm = CreateOnThisHost(transport, rank, kSize, port, 0, timeout);
     NSA_COMM_OK(comm.status());
@@ -144,7 +147,7 @@ class UcxFault : public testing::TestWithParam<Case> {
     if (rank == victim && !work.victim_takes_part) absl::SleepFor(absl::Seconds(60));
     const absl::Time start = absl::Now();
     const absl::Status status = (*prepared)->Run(victim);
-    NSA_COMM_OK(check(status));
+    NSA_COMM_OK(check(status, **comm));
     NSA_COMM_CHECK(absl::Now() - start < timeout + absl::Seconds(5), "the wait was too long");
     NSA_COMM_CHECK((*comm)->HealthCheck() == status, "the error must stick");
     NSA_COMM_CHECK((*comm)->Barrier() == status, "the error must stick");
@@ -186,12 +189,14 @@ TEST_P(UcxFault, KilledRankIsNamedAtOnce) {
   const int port = FreePort();
   Processes processes(kSize, [&](int rank) {
     const absl::Time start = absl::Now();
-    return RunRank(parameters, rank, port, absl::Seconds(30), [&](const absl::Status& status) {
+    const auto check = [&](const absl::Status& status, Communicator& comm) -> absl::Status {
       NSA_COMM_FAILS(status, absl::StatusCode::kUnavailable,
                      absl::StrCat("rank ", victim, " died"));
       NSA_COMM_CHECK(absl::Now() - start < absl::Seconds(10), "long before the deadline");
+      NSA_COMM_CHECK(comm.LostRanks() == std::vector<int>{victim}, "the victim alone");
       return absl::OkStatus();
-    });
+    };
+    return RunRank(parameters, rank, port, absl::Seconds(30), check);
   });
   Strike(parameters, SIGKILL, processes);
 }
@@ -201,14 +206,16 @@ TEST_P(UcxFault, StoppedRankIsNamedAtTheDeadline) {
   const auto& [transport, work, victim] = parameters;
   const int port = FreePort();
   Processes processes(kSize, [&, &work = work, victim = victim](int rank) {
-    return RunRank(parameters, rank, port, absl::Seconds(1), [&](const absl::Status& status) {
+    const auto check = [&](const absl::Status& status, Communicator& comm) -> absl::Status {
       // Whoever comes to its deadline first may be gone before another does, which then hears of
       // it.
       NSA_COMM_FAILS(status, absl::StatusCode::kDeadlineExceeded, work.call);
       NSA_COMM_FAILS(status, status.code(), " waited 1s for rank");
       NSA_COMM_FAILS(status, status.code(), absl::StrCat(" ", victim));
+      NSA_COMM_CHECK(comm.LostRanks().empty(), "late is not lost");
       return absl::OkStatus();
-    });
+    };
+    return RunRank(parameters, rank, port, absl::Seconds(1), check);
   });
   Strike(parameters, SIGSTOP, processes);
 }
@@ -228,6 +235,56 @@ INSTANTIATE_TEST_SUITE_P(All, UcxFault, testing::ValuesIn(Cases()), [](const aut
   return absl::StrCat(std::get<0>(info.param).name, "_", std::get<1>(info.param).name, "_victim",
                       std::get<2>(info.param));
 });
+
+// A rank that loses its peers one by one knows which, and keeps their windows.
+class UcxLoss : public testing::TestWithParam<Transport> {};
+
+TEST_P(UcxLoss, MemoryOfTheDeadStays) {
+  const bool reachable = GetParam().name == "SharedMemory";
+  constexpr int64_t kBytes = 1 << 20;
+  const int port = FreePort();
+  const auto run = [&](int rank) -> absl::Status {
+    auto comm = CreateOnThisHost(GetParam(), rank, kSize, port, 0, absl::Seconds(30));
+    NSA_COMM_OK(comm.status());
+    auto window = (*comm)->CreateWindow(kBytes);
+    NSA_COMM_OK(window.status());
+    std::memset((*window)->data(), rank + 1, kBytes);
+    NSA_COMM_OK((*comm)->Barrier());
+    Notify();
+    if (rank != 0) absl::SleepFor(absl::Seconds(60));
+    for (int victim = 1; victim < kSize; ++victim) {
+      std::vector<int> dead(victim);
+      std::iota(dead.begin(), dead.end(), 1);
+      const absl::Time start = absl::Now();
+      while ((*comm)->LostRanks() != dead) {
+        NSA_COMM_CHECK(absl::Now() - start < absl::Seconds(10), victim);
+        absl::SleepFor(absl::Milliseconds(1));
+      }
+      NSA_COMM_FAILS((*comm)->HealthCheck(), absl::StatusCode::kUnavailable, "rank 1 died");
+      for (int peer = 1; peer < kSize; ++peer) {
+        const char* const data = static_cast<const char*>((*window)->PeerData(peer));
+        NSA_COMM_CHECK((data != nullptr) == reachable, peer);
+        if (!reachable) continue;
+        NSA_COMM_CHECK(std::all_of(data, data + kBytes, [&](char c) { return c == peer + 1; }),
+                       absl::StrCat("of rank ", peer, " after the death of ", victim));
+      }
+      Notify();
+    }
+    return absl::OkStatus();
+  };
+  Processes processes(kSize, run);
+  for (int rank = 0; rank < kSize; ++rank) {
+    ASSERT_TRUE(processes.AwaitNotify(rank, absl::Seconds(30)));
+  }
+  for (int victim = 1; victim < kSize; ++victim) {
+    processes.Signal(victim, SIGKILL);
+    if (!processes.AwaitNotify(0, absl::Seconds(30))) break;
+  }
+  EXPECT_EQ(processes.Join()[0].status, absl::OkStatus());
+}
+
+INSTANTIATE_TEST_SUITE_P(All, UcxLoss, testing::ValuesIn(Transports()),
+                         [](const auto& info) { return info.param.name; });
 
 }  // namespace
 }  // namespace nsa::comm

@@ -61,10 +61,12 @@ absl::Status UcxWindow::Connect(absl::Span<const std::string> exported) {
                                               ": ", ucs_status_string(s)));
     }
     remotes_[peer].rkey.reset(rkey);
-    // Of the host transports only shared memory can read by itself, and that it maps.
     void* mapped = nullptr;
-    remotes_[peer].by_get = !worker_.copies_only_when_driven() ||
-                            ucp_rkey_ptr(rkey, remotes_[peer].address, &mapped) == UCS_OK;
+    if (ucp_rkey_ptr(rkey, remotes_[peer].address, &mapped) == UCS_OK) {
+      remotes_[peer].mapped = mapped;
+    }
+    // Of the host transports only shared memory can read by itself, and that it maps.
+    remotes_[peer].by_get = !worker_.copies_only_when_driven() || remotes_[peer].mapped != nullptr;
   }
   return absl::OkStatus();
 }

@@ -27,12 +27,15 @@ class UcxWindow final : public HostWindow {
 
   void* data() override { return memory_->data(); }
   int64_t num_bytes() const override { return memory_->num_bytes(); }
+  // What shared memory maps.
+  void* PeerData(int rank) override { return rank == rank_ ? data() : remotes_[rank].mapped; }
 
  private:
   struct Remote {
     uint64_t address = 0;
     Rkey rkey;
-    bool by_get = false;  // the transport reads it by itself; else by messages
+    void* mapped = nullptr;  // where this process has it, while rkey lives
+    bool by_get = false;     // the transport reads it by itself; else by messages
   };
 
   std::string Export() const override;

@@ -351,7 +351,10 @@ absl::Status Worker::CheckAwaited(absl::string_view call, absl::Span<const int> 
     if (peer.left) return PeerLeft(call, rank_, rank);
     if (peer.link_error == UCS_OK) continue;
     const absl::Time grace_end = peer.link_error_time + kLinkErrorGrace;
-    if (now >= grace_end) return LinkBroke(rank, ucs_status_string(peer.link_error));
+    if (now >= grace_end) {
+      health_->MarkLost(rank);
+      return LinkBroke(rank, ucs_status_string(peer.link_error));
+    }
     wake = std::min(wake, grace_end);
   }
   if (now >= deadline) return WaitTimedOut(call, rank_, awaited, timeout_);

@@ -41,6 +41,7 @@ class RoundsCommunicator final : public comm::Communicator {
   }
   absl::Status Barrier() override { return to_->Barrier(); }
   absl::Status HealthCheck() override { return to_->HealthCheck(); }
+  std::vector<int> LostRanks() override { return to_->LostRanks(); }
   void Abort(absl::string_view reason) override { to_->Abort(reason); }
 
  private:
@@ -51,6 +52,7 @@ class RoundsCommunicator final : public comm::Communicator {
 
     void* data() override { return to_->data(); }
     int64_t num_bytes() const override { return to_->num_bytes(); }
+    void* PeerData(int rank) override { return rank == ranks_.rank() ? data() : nullptr; }
     absl::Status BeginWrite(void* stream) override { return to_->BeginWrite(stream); }
     absl::Status Publish(void* stream) override { return to_->Publish(stream); }
     absl::Status Gather(const comm::GatherList& list, int64_t record_bytes, void* dst,
