@@ -58,8 +58,10 @@ float LoadGate(const GateParams& gate, int64_t token, int64_t head, int32_t bran
 
 class Item {
  public:
-  Item(const AttendSelectedParams& params, const QueryRun& run, int32_t kv_head, const Scratch& s)
+  Item(const AttendSelectedParams& params, FindRecord find_record, const QueryRun& run,
+       int32_t kv_head, const Scratch& s)
       : params_(params),
+        find_record_(find_record),
         dims_(params.dims),
         run_(run),
         kv_head_(kv_head),
@@ -81,8 +83,10 @@ class Item {
     WalkPicks(
         dims_, run_, s_.picks, end, s_.visible,
         [&](int32_t block, int32_t first_key) {
-          const int64_t location = LocationOf(params_, run_.document, block, kv_head_);
-          tile = LoadTile(RecordAt(params_, location, RecordBytes(dims_)), first_key);
+          const int64_t first_token =
+              static_cast<int64_t>(block) * dims_.select_block_tokens + first_key;
+          tile = LoadTile(find_record_(run_.document, block, kv_head_), first_key,
+                          run_.position + run_.num_queries - first_token);
         },
         [&](int64_t row_begin, int64_t num_rows) {
           AttendTile(rows_, row_begin, num_rows, tile, s_.visible);
@@ -91,20 +95,28 @@ class Item {
   }
 
  private:
-  // Keys [first_key, first_key + kTileKeys) of a record, or those that are left; f32 is used in
-  // place.
-  KeyTile LoadTile(const char* record, int32_t first_key) const {
+  // Keys [first_key, first_key + kTileKeys) of a record, or those that are left, of which the run
+  // sees the first `num_seen`; f32 is used in place. Values past those may be NaN: they become
+  // zero.
+  KeyTile LoadTile(const char* record, int32_t first_key, int64_t num_seen) const {
     const int64_t element_bytes = SizeOf(dims_.dtype);
     const int32_t block_tokens = dims_.select_block_tokens;
     const int32_t width = std::min(kTileKeys, block_tokens - first_key);
+    const int64_t seen = std::min<int64_t>(width, num_seen) * dims_.head_dim_v;
     const char* const keys = record + first_key * element_bytes;
     const char* const values = record + (static_cast<int64_t>(block_tokens) * dims_.head_dim_qk +
                                          static_cast<int64_t>(first_key) * dims_.head_dim_v) *
                                             element_bytes;
-    if (dims_.dtype == DType::kF32) {
+    const bool in_place = dims_.dtype == DType::kF32;
+    const bool sees_all = num_seen >= width;
+    if (!in_place || !sees_all) {
+      ToFloat(dims_.dtype, values, seen, s_.values);
+      std::fill(s_.values + seen, s_.values + static_cast<int64_t>(width) * dims_.head_dim_v, 0.0f);
+    }
+    if (in_place) {
       return KeyTile{.keys = reinterpret_cast<const float*>(keys),
                      .key_stride = block_tokens,
-                     .values = reinterpret_cast<const float*>(values),
+                     .values = sees_all ? reinterpret_cast<const float*>(values) : s_.values,
                      .width = width};
     }
     if (width == block_tokens) {
@@ -114,7 +126,6 @@ class Item {
         ToFloat(dims_.dtype, keys + i * block_tokens * element_bytes, width, s_.keys + i * width);
       }
     }
-    ToFloat(dims_.dtype, values, static_cast<int64_t>(width) * dims_.head_dim_v, s_.values);
     return KeyTile{.keys = s_.keys, .key_stride = width, .values = s_.values, .width = width};
   }
 
@@ -138,6 +149,7 @@ class Item {
   }
 
   const AttendSelectedParams& params_;
+  const FindRecord find_record_;
   const AttentionDims& dims_;
   const QueryRun& run_;
   const int32_t kv_head_;
@@ -149,6 +161,15 @@ class Item {
 }  // namespace
 
 absl::Status AttendSelected(const AttendSelectedParams& params, Workers& workers) {
+  const int64_t record_bytes = RecordBytes(params.dims);
+  const auto find_record = [&](int32_t document, int64_t block, int32_t kv_head) {
+    return RecordAt(params, LocationOf(params, document, block, kv_head), record_bytes);
+  };
+  return AttendSelected(params, find_record, workers);
+}
+
+absl::Status AttendSelected(const AttendSelectedParams& params, FindRecord find_record,
+                            Workers& workers) {
   const AttentionDims& dims = params.dims;
   const int64_t num_queries = params.query_end - params.query_begin;
   const int64_t queries_per_run =
@@ -160,7 +181,8 @@ absl::Status AttendSelected(const AttendSelectedParams& params, Workers& workers
   // One kv head after another: neighbouring runs then find each other's blocks in cache.
   const HeadRange& heads = params.queries.kv_heads;
   return workers.Run(num_runs * heads.size(), scratch_bytes, [&](int64_t item, char* scratch) {
-    Item(params, runs[item % num_runs], heads.begin + static_cast<int32_t>(item / num_runs),
+    Item(params, find_record, runs[item % num_runs],
+         heads.begin + static_cast<int32_t>(item / num_runs),
          Scratch(dims, queries_per_run, scratch))
         .Run();
   });

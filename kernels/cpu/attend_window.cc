@@ -27,7 +27,6 @@ struct Scratch {
   VisibleKeys* visible;  // [rows]
   float* keys;           // [Dk,kTileKeys]
   float* values;         // [kTileKeys,Dv]
-  const void** tokens;   // [kTileKeys]
   int64_t num_bytes;
 
  private:
@@ -39,32 +38,12 @@ struct Scratch {
     visible = carver.Take<VisibleKeys>(rows);
     keys = carver.Take<float>(static_cast<int64_t>(dims.head_dim_qk) * kTileKeys);
     values = carver.Take<float>(static_cast<int64_t>(kTileKeys) * dims.head_dim_v);
-    tokens = carver.Take<const void*>(kTileKeys);
     num_bytes = carver.num_bytes();
   }
 };
 
-// Keys and values [tile, tile + kTileKeys) of a document. Tokens that are not here are zero: they
-// are outside every window of this rank's queries.
-KeyTile LoadTile(const AttendWindowParams& params, int32_t document, int64_t tile, int32_t kv_head,
-                 const Scratch& s) {
-  const AttentionDims& dims = params.dims;
-  FindTokens(params.k, dims.dtype, document, tile, kTileKeys, kv_head, s.tokens);
-  TransposeToFloat(dims.dtype, s.tokens, kTileKeys, dims.head_dim_qk, s.keys);
-  FindTokens(params.v, dims.dtype, document, tile, kTileKeys, kv_head, s.tokens);
-  for (int32_t i = 0; i < kTileKeys; ++i) {
-    float* const value = s.values + i * dims.head_dim_v;
-    if (s.tokens[i] == nullptr) {
-      std::fill_n(value, dims.head_dim_v, 0.0f);
-    } else {
-      ToFloat(dims.dtype, s.tokens[i], dims.head_dim_v, value);
-    }
-  }
-  return KeyTile{.keys = s.keys, .key_stride = kTileKeys, .values = s.values, .width = kTileKeys};
-}
-
-void AttendRun(const AttendWindowParams& params, const QueryRun& run, int32_t kv_head,
-               const Scratch& s) {
+void AttendRun(const AttendWindowParams& params, LoadWindowTile load_tile, const QueryRun& run,
+               int32_t kv_head, const Scratch& s) {
   const AttentionDims& dims = params.dims;
   const int64_t group_size = dims.group_size();
   const SoftmaxRows rows{.head_dim_qk = dims.head_dim_qk,
@@ -90,8 +69,14 @@ void AttendRun(const AttendWindowParams& params, const QueryRun& run, int32_t kv
       const VisibleKeys visible = WindowKeys(dims, run.position + i, tile, kTileKeys);
       std::fill_n(s.visible + (i - query_begin) * group_size, group_size, visible);
     }
-    AttendTile(rows, query_begin * group_size, (query_end - query_begin) * group_size,
-               LoadTile(params, run.document, tile, kv_head, s), s.visible);
+    load_tile(run.document, tile, kv_head,
+              {.begin = WindowKeys(dims, run.position + query_begin, tile, kTileKeys).begin,
+               .end = WindowKeys(dims, run.position + query_end - 1, tile, kTileKeys).end},
+              s.keys, s.values);
+    AttendTile(
+        rows, query_begin * group_size, (query_end - query_begin) * group_size,
+        KeyTile{.keys = s.keys, .key_stride = kTileKeys, .values = s.values, .width = kTileKeys},
+        s.visible);
   }
 
   for (int64_t row = 0; row < run.num_queries * group_size; ++row) {
@@ -108,6 +93,28 @@ void AttendRun(const AttendWindowParams& params, const QueryRun& run, int32_t kv
 
 absl::Status AttendWindow(const AttendWindowParams& params, Workers& workers) {
   const AttentionDims& dims = params.dims;
+  // Tokens that are not here are zero: they are outside every window of this rank's queries.
+  const auto load_tile = [&](int32_t document, int64_t tile, int32_t kv_head, VisibleKeys /*seen*/,
+                             float* keys, float* values) {
+    const void* tokens[kTileKeys];
+    FindTokens(params.k, dims.dtype, document, tile, kTileKeys, kv_head, tokens);
+    TransposeToFloat(dims.dtype, tokens, kTileKeys, dims.head_dim_qk, keys);
+    FindTokens(params.v, dims.dtype, document, tile, kTileKeys, kv_head, tokens);
+    for (int32_t i = 0; i < kTileKeys; ++i) {
+      float* const value = values + i * dims.head_dim_v;
+      if (tokens[i] == nullptr) {
+        std::fill_n(value, dims.head_dim_v, 0.0f);
+      } else {
+        ToFloat(dims.dtype, tokens[i], dims.head_dim_v, value);
+      }
+    }
+  };
+  return AttendWindow(params, load_tile, workers);
+}
+
+absl::Status AttendWindow(const AttendWindowParams& params, LoadWindowTile load_tile,
+                          Workers& workers) {
+  const AttentionDims& dims = params.dims;
   const int64_t queries_per_run = QueriesPerRun(params.queries, dims, params.queries.num_tokens,
                                                 kTargetRows, workers.num_threads());
   const int64_t max_rows = queries_per_run * dims.group_size();
@@ -117,7 +124,7 @@ absl::Status AttendWindow(const AttendWindowParams& params, Workers& workers) {
   const HeadRange& heads = params.queries.kv_heads;
   return workers.Run(static_cast<int64_t>(runs.size()) * heads.size(), scratch_bytes,
                      [&](int64_t item, char* scratch) {
-                       AttendRun(params, runs[item / heads.size()],
+                       AttendRun(params, load_tile, runs[item / heads.size()],
                                  heads.begin + static_cast<int32_t>(item % heads.size()),
                                  Scratch(dims, max_rows, scratch));
                      });

@@ -184,4 +184,25 @@ absl::Status CpuKernels::StoreGradient(const StoreGradientParams& params, void* 
   return cpu::StoreGradient(params, *workers_);
 }
 
+int64_t CpuKernels::DecodeScratchBytes(const AttentionDims& dims,
+                                       const DecodeLimits& limits) const {
+  return cpu::DecodeScratchBytes(dims, limits);
+}
+
+absl::Status CpuKernels::AppendTokens(const AppendTokensParams& params, void* /*stream*/) {
+  return cpu::AppendTokens(params, *workers_);
+}
+
+absl::Status CpuKernels::DecodeSelect(const DecodeSelectParams& params, void* /*stream*/) {
+  return cpu::DecodeSelect(params, *workers_);
+}
+
+absl::Status CpuKernels::DecodeAttend(const DecodeAttendParams& params, void* /*stream*/) {
+  return cpu::DecodeAttend(params, *workers_);
+}
+
+absl::Status CpuKernels::CopyPieces(const CopyPiecesParams& params, void* /*stream*/) {
+  return cpu::CopyPieces(params, *workers_);
+}
+
 }  // namespace nsa::kernels

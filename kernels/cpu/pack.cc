@@ -1,4 +1,4 @@
-// Copies: halo rows into a dense buffer, and select blocks into records.
+// Copies: halo rows into a dense buffer, select blocks into records, and pieces of memory.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -82,6 +82,12 @@ void CopyRows(const CopyRowsParams& params) {
       }
     }
   }
+}
+
+absl::Status CopyPieces(const CopyPiecesParams& params, Workers& workers) {
+  return workers.Run(params.count, 0, [&](int64_t i, char*) {
+    std::memcpy(params.dst[i], params.src[i], params.num_bytes);
+  });
 }
 
 }  // namespace nsa::kernels::cpu

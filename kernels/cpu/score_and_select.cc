@@ -68,9 +68,11 @@ struct Scratch {
 
 class Item {
  public:
-  Item(const ScoreAndSelectParams& params, const Shape& shape, const QueryRun& run, int32_t kv_head,
-       char* scratch)
+  Item(const ScoreAndSelectParams& params, FindSummaries find_kc, FindSummaries find_vc,
+       const Shape& shape, const QueryRun& run, int32_t kv_head, char* scratch)
       : params_(params),
+        find_kc_(find_kc),
+        find_vc_(find_vc),
         dims_(params.dims),
         shape_(shape),
         run_(run),
@@ -108,17 +110,14 @@ class Item {
   }
 
   // Addresses of the tile's summaries that the run sees; returns how many.
-  int32_t FindSummaries(const ConstTensor3& summaries, int64_t tile) {
-    const int64_t first = params_.queries.documents[run_.document].cmp_block_begin + tile;
+  int32_t FindTile(FindSummaries find, int64_t tile) {
     const int32_t count = static_cast<int32_t>(std::min<int64_t>(kTileKeys, num_visible_ - tile));
-    for (int32_t i = 0; i < count; ++i) {
-      s_.summary[i] = RowOf(summaries, dims_.dtype, first + i, kv_head_);
-    }
+    find(run_.document, tile, count, kv_head_, s_.summary);
     return count;
   }
 
   void ComputeLogits(int64_t tile) {
-    const int32_t count = FindSummaries(params_.kc, tile);
+    const int32_t count = FindTile(find_kc_, tile);
     TransposeToFloat(dims_.dtype, s_.summary, count, dims_.head_dim_qk, s_.keys);
     const int64_t first_query = FirstQueryOf(tile);
     const int64_t first_row = first_query * group_size_;
@@ -141,7 +140,7 @@ class Item {
   }
 
   void AddValues(int64_t tile) {
-    const int32_t count = FindSummaries(params_.vc, tile);
+    const int32_t count = FindTile(find_vc_, tile);
     const int32_t width = static_cast<int32_t>(RoundUp(count, kLanes));
     for (int32_t i = 0; i < count; ++i) {
       ToFloat(dims_.dtype, s_.summary[i], dims_.head_dim_v, s_.values + i * dims_.head_dim_v);
@@ -216,6 +215,8 @@ class Item {
   }
 
   const ScoreAndSelectParams& params_;
+  const FindSummaries find_kc_;
+  const FindSummaries find_vc_;
   const AttentionDims& dims_;
   const Shape& shape_;
   const QueryRun& run_;
@@ -230,6 +231,19 @@ class Item {
 }  // namespace
 
 absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, Workers& workers) {
+  const auto find_in = [&](const ConstTensor3& summaries) {
+    return [&](int32_t document, int64_t first, int32_t count, int32_t kv_head, const void** rows) {
+      const int64_t row = params.queries.documents[document].cmp_block_begin + first;
+      for (int32_t i = 0; i < count; ++i) {
+        rows[i] = RowOf(summaries, params.dims.dtype, row + i, kv_head);
+      }
+    };
+  };
+  return ScoreAndSelect(params, find_in(params.kc), find_in(params.vc), workers);
+}
+
+absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, FindSummaries find_kc,
+                            FindSummaries find_vc, Workers& workers) {
   const AttentionDims& dims = params.dims;
   int64_t last_position = 0;
   for (int32_t i = 0; i < params.queries.num_segments; ++i) {
@@ -256,7 +270,7 @@ absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, Workers& workers
   return workers.Run(static_cast<int64_t>(runs.size()) * heads.size(), scratch_bytes,
                      [&](int64_t item, char* scratch) {
                        std::vector<ScoredBlock> heap;
-                       Item(params, shape, runs[item / heads.size()],
+                       Item(params, find_kc, find_vc, shape, runs[item / heads.size()],
                             heads.begin + static_cast<int32_t>(item % heads.size()), scratch)
                            .Run(heap);
                      });

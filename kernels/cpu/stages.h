@@ -3,7 +3,11 @@
 #ifndef KERNELS_CPU_STAGES_H_
 #define KERNELS_CPU_STAGES_H_
 
+#include <cstdint>
+
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
+#include "kernels/cpu/tile_ops.h"
 #include "kernels/cpu/workers.h"
 #include "kernels/kernels.h"
 
@@ -16,6 +20,31 @@ void PlanFetch(const PlanFetchParams& params);  // plan_fetch.cc
 absl::Status AttendSelected(const AttendSelectedParams& params,
                             Workers& workers);  // attend_selected.cc
 absl::Status AttendWindow(const AttendWindowParams& params, Workers& workers);  // attend_window.cc
+
+// The same for keys and values that lie elsewhere, found by the caller: of `params` neither what
+// says where they lie nor the documents are read.
+//
+// rows[i] = summary `first` + i of a document, for i < count.
+using FindSummaries = absl::FunctionRef<void(int32_t document, int64_t first, int32_t count,
+                                             int32_t kv_head, const void** rows)>;
+absl::Status ScoreAndSelect(const ScoreAndSelectParams& params, FindSummaries find_kc,
+                            FindSummaries find_vc, Workers& workers);
+// The record of a select block; what it holds past the last query of a run may be anything.
+using FindRecord = absl::FunctionRef<const char*(int32_t document, int64_t block, int32_t kv_head)>;
+absl::Status AttendSelected(const AttendSelectedParams& params, FindRecord find_record,
+                            Workers& workers);
+// keys [Dk,kTileKeys] and values [kTileKeys,Dv] of tokens [tile, tile + kTileKeys) of a document.
+// Only those `seen` need be there; the other values have to be finite.
+using LoadWindowTile = absl::FunctionRef<void(int32_t document, int64_t tile, int32_t kv_head,
+                                              VisibleKeys seen, float* keys, float* values)>;
+absl::Status AttendWindow(const AttendWindowParams& params, LoadWindowTile load_tile,
+                          Workers& workers);
+
+// Decoding: decode_append.cc, decode_select.cc, decode_attend.cc.
+absl::Status AppendTokens(const AppendTokensParams& params, Workers& workers);
+int64_t DecodeScratchBytes(const AttentionDims& dims, const DecodeLimits& limits);
+absl::Status DecodeSelect(const DecodeSelectParams& params, Workers& workers);
+absl::Status DecodeAttend(const DecodeAttendParams& params, Workers& workers);
 
 absl::Status GateBackward(const GateBackwardParams& params, Workers& workers);  // gate_backward.cc
 absl::Status AttendWindowBackward(const AttendWindowBackwardParams& params,
@@ -44,6 +73,7 @@ absl::Status StoreGradient(const StoreGradientParams& params, Workers& workers);
 int64_t RecordBytes(const AttentionDims& dims);
 absl::Status PackBlocks(const PackBlocksParams& params, Workers& workers);
 void CopyRows(const CopyRowsParams& params);
+absl::Status CopyPieces(const CopyPiecesParams& params, Workers& workers);
 
 }  // namespace nsa::kernels::cpu
 

@@ -10,25 +10,6 @@ namespace {
 
 using test::Bytes;
 
-constexpr std::byte kPoison{0xff};  // a NaN in every type
-
-// A tensor [rows,heads,dim] in memory of its own, rows `padding` elements further apart than dense.
-struct Rows {
-  Rows(DType dtype, int64_t num_rows, int64_t heads, int64_t dim, int64_t padding)
-      : row_bytes(heads * dim * SizeOf(dtype)),
-        stride_bytes((heads * dim + padding) * SizeOf(dtype)),
-        head_stride(dim),
-        row_stride(heads * dim + padding),
-        bytes(num_rows * stride_bytes, kPoison) {}
-
-  std::byte* row(int64_t i) { return bytes.data() + i * stride_bytes; }
-  ConstTensor3 view() const { return {bytes.data(), row_stride, head_stride}; }
-  Tensor3 mutable_view() { return {bytes.data(), row_stride, head_stride}; }
-
-  int64_t row_bytes, stride_bytes, head_stride, row_stride;
-  Bytes bytes;
-};
-
 class Runner {
  public:
   Runner(const StageProblem& problem, const StageLayout& layout, Kernels& kernels)

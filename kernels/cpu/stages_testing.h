@@ -3,6 +3,7 @@
 #ifndef KERNELS_CPU_STAGES_TESTING_H_
 #define KERNELS_CPU_STAGES_TESTING_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -12,6 +13,25 @@
 #include "tests/testing/generate.h"
 
 namespace nsa::kernels::cpu {
+
+constexpr std::byte kPoison{0xff};  // a NaN in every type
+
+// A tensor [rows,heads,dim] in memory of its own, rows `padding` elements further apart than dense.
+struct Rows {
+  Rows(DType dtype, int64_t num_rows, int64_t heads, int64_t dim, int64_t padding)
+      : row_bytes(heads * dim * SizeOf(dtype)),
+        stride_bytes((heads * dim + padding) * SizeOf(dtype)),
+        head_stride(dim),
+        row_stride(heads * dim + padding),
+        bytes(num_rows * stride_bytes, kPoison) {}
+
+  std::byte* row(int64_t i) { return bytes.data() + i * stride_bytes; }
+  ConstTensor3 view() const { return {bytes.data(), row_stride, head_stride}; }
+  Tensor3 mutable_view() { return {bytes.data(), row_stride, head_stride}; }
+
+  int64_t row_bytes, stride_bytes, head_stride, row_stride;
+  test::Bytes bytes;
+};
 
 struct StageProblem {
   reference::ReferenceConfig config;

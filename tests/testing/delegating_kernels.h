@@ -130,6 +130,22 @@ class DelegatingKernels : public kernels::Kernels {
   absl::Status StoreGradient(const kernels::StoreGradientParams& params, void* stream) override {
     return to_->StoreGradient(params, stream);
   }
+  int64_t DecodeScratchBytes(const kernels::AttentionDims& dims,
+                             const kernels::DecodeLimits& limits) const override {
+    return to_->DecodeScratchBytes(dims, limits);
+  }
+  absl::Status AppendTokens(const kernels::AppendTokensParams& params, void* stream) override {
+    return to_->AppendTokens(params, stream);
+  }
+  absl::Status DecodeSelect(const kernels::DecodeSelectParams& params, void* stream) override {
+    return to_->DecodeSelect(params, stream);
+  }
+  absl::Status DecodeAttend(const kernels::DecodeAttendParams& params, void* stream) override {
+    return to_->DecodeAttend(params, stream);
+  }
+  absl::Status CopyPieces(const kernels::CopyPiecesParams& params, void* stream) override {
+    return to_->CopyPieces(params, stream);
+  }
 
  private:
   std::shared_ptr<kernels::Kernels> to_;
