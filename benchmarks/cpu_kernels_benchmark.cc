@@ -2,8 +2,9 @@
 //
 //   bazel run -c opt //benchmarks:cpu_kernels_benchmark -- --benchmark_filter=bf16
 //
-// Arguments of a benchmark: tokens, storage type, threads. `flops` counts two a multiply-add of the
-// attended (query, key) pairs, in keys and in values; softmax and selection are not counted.
+// Arguments of a benchmark: tokens, storage type, threads; of decoding also the sequences that take
+// one token each in a step, with so many tokens cached of each. `flops` counts two a multiply-add
+// of the attended (query, key) pairs, in keys and in values; softmax and selection are not counted.
 #include <algorithm>
 #include <bit>
 #include <cstdint>
@@ -38,6 +39,10 @@ AttentionDims DemoDims(DType dtype) {
   dims.window_tokens = 512;
   dims.softmax_scale = 0.125f;
   return dims;
+}
+
+void Check(const absl::Status& status) {
+  if (!status.ok()) std::fprintf(stderr, "%s\n", status.ToString().c_str());
 }
 
 // A dense tensor [rows,heads,dim] in memory of the kernels.
@@ -316,9 +321,6 @@ class Forward {
     for (int64_t t = 0; t < num_tokens_; ++t) pairs += static_cast<double>(std::min(t + 1, reach));
     return pairs;
   }
-  static void Check(const absl::Status& status) {
-    if (!status.ok()) std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  }
   int64_t q_row() const { return int64_t{dims_.num_q_heads} * dims_.head_dim_qk; }
   int64_t kv_row() const { return int64_t{dims_.num_kv_heads} * dims_.head_dim_qk; }
   Array Random(int64_t count, uint32_t seed) {
@@ -368,6 +370,116 @@ class Forward {
   std::vector<int32_t> locations_, owner_, ordinal_, peers_;
   std::vector<int64_t> offsets_;
   std::optional<Array> d_o_, stats_, dq_, dk_, dv_, d_records_, d_summaries_, scratch_;
+};
+
+// Sequences of equal length, of which each step decodes the last token again.
+class Decoding {
+ public:
+  explicit Decoding(const benchmark::State& state)
+      : num_tokens_(state.range(0)),
+        dims_(DemoDims(static_cast<DType>(state.range(1)))),
+        kernels_(*CpuKernels::Create({.num_threads = static_cast<int>(state.range(2))})),
+        num_sequences_(state.range(3)),
+        num_pages_((num_tokens_ + dims_.select_block_tokens - 1) / dims_.select_block_tokens),
+        num_summary_pages_(num_tokens_ / dims_.compress_stride_tokens / kSummaryPageBlocks + 1),
+        pages_(Random(num_sequences_ * num_pages_ * page_values(), 1)),
+        summaries_(Random(num_sequences_ * num_summary_pages_ * summary_page_values(), 2)),
+        q_(Random(num_sequences_ * q_row(), 3)),
+        kv_(Random(num_sequences_ * kv_row(), 4)),
+        o_(*kernels_, num_sequences_ * q_row() * SizeOf(dims_.dtype)),
+        gate_(*kernels_, num_sequences_ * dims_.num_q_heads * 3 * int64_t{sizeof(float)}),
+        indices_(*kernels_, num_sequences_ * dims_.num_kv_heads * dims_.num_selected_blocks *
+                                int64_t{sizeof(int32_t)}),
+        scratch_(*kernels_, kernels_->DecodeScratchBytes(dims_, {num_sequences_, num_tokens_})) {
+    std::fill_n(gate_.as<float>(), num_sequences_ * dims_.num_q_heads * 3, 0.5f);
+    const int64_t element_bytes = SizeOf(dims_.dtype);
+    for (int64_t i = 0; i < num_sequences_ * num_pages_; ++i) {
+      page_table_.push_back(pages_.as<char>() + i * page_values() * element_bytes);
+    }
+    for (int64_t i = 0; i < num_sequences_ * num_summary_pages_; ++i) {
+      summary_table_.push_back(summaries_.as<char>() + i * summary_page_values() * element_bytes);
+    }
+    for (int64_t i = 0; i < num_sequences_; ++i) {
+      rows_.push_back({static_cast<int32_t>(i), num_tokens_ - 1});
+    }
+    Select();
+  }
+
+  void Append() {
+    const ConstTensor3 tokens = {kv_.data(), kv_row(), dims_.head_dim_qk};
+    Check(kernels_->AppendTokens({.dims = dims_,
+                                  .rows = rows_.data(),
+                                  .num_rows = num_sequences_,
+                                  .tables = Tables(),
+                                  .slc = {tokens, tokens},
+                                  .win = {},
+                                  .cmp = {},
+                                  .compresses = true,
+                                  .compressor = Compressor::kMean,
+                                  .weights_k = {},
+                                  .weights_v = {}},
+                                 nullptr));
+  }
+  void Select() {
+    Check(kernels_->DecodeSelect({.dims = dims_,
+                                  .rows = rows_.data(),
+                                  .num_rows = num_sequences_,
+                                  .max_tokens = num_tokens_,
+                                  .tables = Tables(),
+                                  .q = {q_.data(), q_row(), dims_.head_dim_qk},
+                                  .block_indices = indices_.as<int32_t>(),
+                                  .o_cmp = {},
+                                  .lse_cmp = nullptr,
+                                  .scratch = scratch_.data()},
+                                 nullptr));
+  }
+  void Attend() {
+    Check(kernels_->DecodeAttend({.dims = dims_,
+                                  .rows = rows_.data(),
+                                  .num_rows = num_sequences_,
+                                  .max_tokens = num_tokens_,
+                                  .tables = Tables(),
+                                  .q = {q_.data(), q_row(), dims_.head_dim_qk},
+                                  .block_indices = indices_.as<int32_t>(),
+                                  .gate = gate_.data(),
+                                  .gate_dtype = DType::kF32,
+                                  .gate_row_stride = int64_t{3} * dims_.num_q_heads,
+                                  .gate_head_stride = 3,
+                                  .o = {o_.data(), q_row(), dims_.head_dim_v},
+                                  .o_slc = {},
+                                  .o_win = {},
+                                  .lse_slc = nullptr,
+                                  .lse_win = nullptr,
+                                  .scratch = scratch_.data()},
+                                 nullptr));
+  }
+
+ private:
+  int64_t q_row() const { return int64_t{dims_.num_q_heads} * dims_.head_dim_qk; }
+  int64_t kv_row() const { return int64_t{dims_.num_kv_heads} * dims_.head_dim_qk; }
+  int64_t page_values() const { return 2 * dims_.select_block_tokens * kv_row(); }
+  int64_t summary_page_values() const { return 2 * kSummaryPageBlocks * kv_row(); }
+  Array Random(int64_t count, uint32_t seed) {
+    Array array(*kernels_, count * SizeOf(dims_.dtype));
+    FillRandom(dims_.dtype, array.data(), count, seed);
+    return array;
+  }
+  PageTables Tables() const {
+    return {.slc = page_table_.data(),
+            .win = page_table_.data(),
+            .cmp = page_table_.data(),
+            .summaries = summary_table_.data(),
+            .max_pages = num_pages_,
+            .max_summary_pages = num_summary_pages_};
+  }
+
+  const int64_t num_tokens_;
+  const AttentionDims dims_;
+  const std::unique_ptr<Kernels> kernels_;
+  const int64_t num_sequences_, num_pages_, num_summary_pages_;
+  Array pages_, summaries_, q_, kv_, o_, gate_, indices_, scratch_;
+  std::vector<void*> page_table_, summary_table_;
+  std::vector<DecodeRow> rows_;
 };
 
 void ReportFlops(benchmark::State& state, double flops) {
@@ -437,6 +549,22 @@ void BM_CompressBackward(benchmark::State& state) {
   for (auto _ : state) forward.CompressBackward();
 }
 
+// The last token ends a compression block, as one in compress_stride_tokens does.
+void BM_AppendTokens(benchmark::State& state) {
+  Decoding decoding(state);
+  for (auto _ : state) decoding.Append();
+}
+
+void BM_DecodeSelect(benchmark::State& state) {
+  Decoding decoding(state);
+  for (auto _ : state) decoding.Select();
+}
+
+void BM_DecodeAttend(benchmark::State& state) {
+  Decoding decoding(state);
+  for (auto _ : state) decoding.Attend();
+}
+
 // Tokens, storage type, threads. The demo's 65,536 tokens are run by name, being seconds long.
 void Shapes(benchmark::internal::Benchmark* bench) {
   bench->ArgNames({"tokens", "dtype", "threads"})->Unit(benchmark::kMillisecond)->UseRealTime();
@@ -444,6 +572,17 @@ void Shapes(benchmark::internal::Benchmark* bench) {
     for (int64_t threads : {1, 2}) bench->Args({16384, static_cast<int64_t>(dtype), threads});
   }
   bench->Args({65536, static_cast<int64_t>(DType::kBF16), 2});
+}
+
+void DecodeShapes(benchmark::internal::Benchmark* bench) {
+  bench->ArgNames({"tokens", "dtype", "threads", "sequences"})
+      ->Unit(benchmark::kMicrosecond)
+      ->UseRealTime();
+  for (DType dtype : {DType::kF32, DType::kBF16}) {
+    for (int64_t sequences : {1, 8}) {
+      bench->Args({65536, static_cast<int64_t>(dtype), 2, sequences});
+    }
+  }
 }
 
 BENCHMARK(BM_Compress)->Apply(Shapes);
@@ -456,6 +595,9 @@ BENCHMARK(BM_WindowBackward)->Apply(Shapes);
 BENCHMARK(BM_SelectedBackward)->Apply(Shapes);
 BENCHMARK(BM_SummariesBackward)->Apply(Shapes);
 BENCHMARK(BM_CompressBackward)->Apply(Shapes);
+BENCHMARK(BM_AppendTokens)->Apply(DecodeShapes);
+BENCHMARK(BM_DecodeSelect)->Apply(DecodeShapes);
+BENCHMARK(BM_DecodeAttend)->Apply(DecodeShapes);
 
 }  // namespace
 }  // namespace nsa::kernels
