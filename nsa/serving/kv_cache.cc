@@ -54,8 +54,8 @@ absl::Status CheckOptions(const KvCacheOptions& options, int num_ranks,
   }
   constexpr int64_t kMaxPages = int64_t{1} << 30;
   if (options.num_pages < 0 || options.num_pages > kMaxPages) {
-    return absl::InvalidArgumentError(absl::StrCat("num_pages = ", options.num_pages,
-                                                   ": must lie in [0, ", kMaxPages, "]"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("num_pages = ", options.num_pages, ": must lie in [0, ", kMaxPages, "]"));
   }
   if (options.summary_tokens < 0 || options.max_rollback_tokens < 0) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -77,9 +77,8 @@ absl::Status CheckOptions(const KvCacheOptions& options, int num_ranks,
   engine.config = options.config;
   engine.dtype = options.dtype;
   ForwardInputs inputs;
-  inputs.SetSharedKv(
-      ConstTensor(nullptr, options.dtype, {0, dims.num_kv_heads, dims.head_dim_qk}),
-      ConstTensor(nullptr, options.dtype, {0, dims.num_kv_heads, dims.head_dim_v}));
+  inputs.SetSharedKv(ConstTensor(nullptr, options.dtype, {0, dims.num_kv_heads, dims.head_dim_qk}),
+                     ConstTensor(nullptr, options.dtype, {0, dims.num_kv_heads, dims.head_dim_v}));
   inputs.compress_k = options.compress_k;
   inputs.compress_v = options.compress_v;
   return CheckKeysAndValues(engine, 0, kernels.RowAlignment(), inputs);
@@ -140,7 +139,9 @@ absl::Status KvCacheImpl::Prepare() {
       .pages_of_rank = {},
       .max_sequences = options_.max_sequences,
       .max_tokens = options_.max_tokens,
-      .num_lists = !options_.shares_kv ? 3 : is_reachable_ ? 1 : 2,
+      .num_lists = !options_.shares_kv ? 3
+                   : is_reachable_     ? 1
+                                       : 2,
       .only_at_home = !is_reachable_,
       .max_rollback_tokens = options_.max_rollback_tokens,
   };
@@ -151,9 +152,8 @@ absl::Status KvCacheImpl::Prepare() {
                                   share_begin_.back());
     num_pages += table.pages_of_rank.back();
   }
-  const int64_t summary_tokens = options_.summary_tokens > 0
-                                     ? options_.summary_tokens
-                                     : num_pages * dims_.select_block_tokens;
+  const int64_t summary_tokens =
+      options_.summary_tokens > 0 ? options_.summary_tokens : num_pages * dims_.select_block_tokens;
   // The last page of each sequence may be filled in part.
   table.num_summary_pages =
       CeilDiv(summary_tokens / dims_.compress_stride_tokens, kernels::kSummaryPageBlocks) +
@@ -162,8 +162,7 @@ absl::Status KvCacheImpl::Prepare() {
 
   const int64_t rows = std::max<int64_t>(options_.max_step_rows, kMaxExtendTokens);
   const int64_t picks = int64_t{dims_.num_kv_heads} * dims_.num_selected_blocks;
-  const int64_t fetched_records =
-      is_reachable_ ? 0 : kFetchRows * picks * dims_.num_kv_heads;
+  const int64_t fetched_records = is_reachable_ ? 0 : kFetchRows * picks * dims_.num_kv_heads;
   const std::pair<std::unique_ptr<kernels::Memory>*, int64_t> memory[] = {
       {&summaries_, table.num_summary_pages * kernels::kSummaryPageBlocks * summary_row_bytes_},
       {&tables_, (table.num_lists * max_pages_ + max_summary_pages_) * options_.max_sequences *
@@ -231,16 +230,17 @@ absl::Status KvCacheImpl::Apply(absl::Span<const PageChange> changes, void* stre
          ++end) {
       addresses.push_back(AddressOf(first.list, changes[end].after));
     }
-    NSA_RETURN_IF_ERROR(kernels_->CopyFromHost(
-        TableRow(first.list, first.slot) + first.index, addresses.data(),
-        static_cast<int64_t>(addresses.size() * sizeof(void*)), stream));
+    NSA_RETURN_IF_ERROR(
+        kernels_->CopyFromHost(TableRow(first.list, first.slot) + first.index, addresses.data(),
+                               static_cast<int64_t>(addresses.size() * sizeof(void*)), stream));
   }
   // Pages first, then summary pages, whose list is the last.
   for (bool of_summaries : {false, true}) {
     std::vector<const void*> src;
     std::vector<void*> dst;
     for (const PageChange& change : changes) {
-      if (change.before == kNoPage || (change.list == table_->num_lists()) != of_summaries) continue;
+      if (change.before == kNoPage || (change.list == table_->num_lists()) != of_summaries)
+        continue;
       src.push_back(AddressOf(change.list, change.before));
       dst.push_back(AddressOf(change.list, change.after));
     }
@@ -315,9 +315,9 @@ absl::StatusOr<SequenceId> KvCacheImpl::Fork(SequenceId sequence) {
 absl::Status KvCacheImpl::CheckTensors(int64_t num_rows, const StepInputs& inputs,
                                        const StepOutputs& outputs) const {
   if (num_rows < 0 || num_rows > options_.max_step_rows) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "rows of the step = ", num_rows, ": must be at most max_step_rows = ",
-        options_.max_step_rows));
+    return absl::InvalidArgumentError(
+        absl::StrCat("rows of the step = ", num_rows,
+                     ": must be at most max_step_rows = ", options_.max_step_rows));
   }
   if (num_rows == 0) return absl::OkStatus();
   ForwardInputs forward = InputsOf(inputs.kv);
@@ -342,9 +342,9 @@ absl::Status KvCacheImpl::PlanStep(absl::Span<const StepSequence> batch, void* s
     }
   }
   if (num_rows > options_.max_step_rows) {
-    return absl::InvalidArgumentError(absl::StrCat("rows of the step = ", num_rows,
-                                                   ": must be at most max_step_rows = ",
-                                                   options_.max_step_rows));
+    return absl::InvalidArgumentError(
+        absl::StrCat("rows of the step = ", num_rows,
+                     ": must be at most max_step_rows = ", options_.max_step_rows));
   }
   const auto changes = table_->Extend(batch);
   if (!changes.ok()) return changes.status();
@@ -454,8 +454,8 @@ absl::Status KvCacheImpl::RunStepFetching(const StepInputs& inputs, const StepOu
     NSA_RETURN_IF_ERROR(
         kernels_->DecodeSelect(SelectParams(begin, count, inputs, indices), stream));
     NSA_RETURN_IF_ERROR(FetchPages(begin, begin + count, indices, stream));
-    NSA_RETURN_IF_ERROR(kernels_->DecodeAttend(
-        AttendParams(begin, count, inputs, outputs, indices), stream));
+    NSA_RETURN_IF_ERROR(
+        kernels_->DecodeAttend(AttendParams(begin, count, inputs, outputs, indices), stream));
   }
   return together ? window_->Release(stream) : absl::OkStatus();
 }
@@ -486,10 +486,9 @@ absl::Status KvCacheImpl::FetchPages(int64_t begin, int64_t end, const int32_t* 
                                                        std::vector<bool>(hkv)})
                        .first->second;
       slot.heads[i / n] = true;
-      void* const address =
-          static_cast<char*>(slots_->data()) + slot.place * page_bytes_;
-      NSA_RETURN_IF_ERROR(kernels_->CopyFromHost(
-          TableRow(0, (*found)->slot) + block, &address, sizeof(address), stream));
+      void* const address = static_cast<char*>(slots_->data()) + slot.place * page_bytes_;
+      NSA_RETURN_IF_ERROR(kernels_->CopyFromHost(TableRow(0, (*found)->slot) + block, &address,
+                                                 sizeof(address), stream));
     }
   }
   if (slots.empty()) return absl::OkStatus();
@@ -537,8 +536,7 @@ KvCacheStats KvCacheImpl::Stats() const {
 absl::StatusOr<std::unique_ptr<KvCache>> KvCache::Create(
     const KvCacheOptions& options, std::shared_ptr<comm::Communicator> communicator,
     std::shared_ptr<kernels::Kernels> kernels) {
-  auto cache =
-      std::make_unique<KvCacheImpl>(options, std::move(communicator), std::move(kernels));
+  auto cache = std::make_unique<KvCacheImpl>(options, std::move(communicator), std::move(kernels));
   NSA_RETURN_IF_ERROR(cache->Prepare());
   return cache;
 }

@@ -35,9 +35,7 @@ struct KvCacheImpl::ForwardPart {
   int64_t num_blocks = 0;  // the first ones, which stay with their owners
   int64_t first_tail_token(int64_t block_tokens) const { return num_blocks * block_tokens; }
 
-  const kernels::Document& document() const {
-    return engine.block_map().documents[document_index];
-  }
+  const kernels::Document& document() const { return engine.block_map().documents[document_index]; }
   int32_t owner(int64_t block) const {
     return engine.block_map().slc_owner[document().slc_block_begin + block];
   }
@@ -46,8 +44,8 @@ struct KvCacheImpl::ForwardPart {
 absl::Status KvCacheImpl::CheckForwardPart(const ForwardPart& part) const {
   const ShardPlan& plan = part.engine.shard_plan();
   if (part.home < 0 || part.home >= communicator_->size()) {
-    return absl::InvalidArgumentError(absl::StrCat("home = ", part.home, ": must lie in [0, ",
-                                                   communicator_->size(), ")"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("home = ", part.home, ": must lie in [0, ", communicator_->size(), ")"));
   }
   if (plan.num_ranks() != communicator_->size()) {
     return absl::InvalidArgumentError(absl::StrCat("engine: its plan has ", plan.num_ranks(),
@@ -56,8 +54,8 @@ absl::Status KvCacheImpl::CheckForwardPart(const ForwardPart& part) const {
   }
   const auto num_documents = static_cast<int32_t>(part.engine.block_map().documents.size());
   if (part.document_index < 0 || part.document_index >= num_documents) {
-    return absl::InvalidArgumentError(absl::StrCat("document = ", part.document_index,
-                                                   ": must lie in [0, ", num_documents, ")"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("document = ", part.document_index, ": must lie in [0, ", num_documents, ")"));
   }
   const int64_t num_tokens = plan.TokensOfRank(rank());
   if (num_tokens == 0) return absl::OkStatus();
@@ -197,9 +195,8 @@ absl::Status KvCacheImpl::AppendForwardTail(const ForwardPart& part) {
     return int64_t{dims_.num_kv_heads} * (tensor % 2 == 0 ? dims_.head_dim_qk : dims_.head_dim_v);
   };
   // Per tensor: rows to send, then, at home, the tail's.
-  const int64_t stride_bytes =
-      (num_mine + num_rows) * int64_t{dims_.num_kv_heads} *
-      std::max(dims_.head_dim_qk, dims_.head_dim_v) * esize;
+  const int64_t stride_bytes = (num_mine + num_rows) * int64_t{dims_.num_kv_heads} *
+                               std::max(dims_.head_dim_qk, dims_.head_dim_v) * esize;
   const int64_t segments_bytes = (static_cast<int64_t>(mine.size()) + 1) * sizeof(mine[0]);
   const int64_t tensors_bytes = static_cast<int64_t>(tensors.size()) * stride_bytes;
   auto memory = kernels_->Allocate(tensors_bytes + segments_bytes);
@@ -217,15 +214,15 @@ absl::Status KvCacheImpl::AppendForwardTail(const ForwardPart& part) {
     char* next = base + i * stride_bytes;
     tails[i] = next + num_mine * row_elements(i) * esize;
     if (num_mine > 0) {
-      NSA_RETURN_IF_ERROR(kernels_->CopyRows(
-          {.dtype = dims_.dtype,
-           .num_heads = dims_.num_kv_heads,
-           .head_dim = i % 2 == 0 ? dims_.head_dim_qk : dims_.head_dim_v,
-           .src = View(*tensors[i]),
-           .segments = segments,
-           .num_segments = static_cast<int32_t>(mine.size()),
-           .dst = next},
-          part.stream));
+      NSA_RETURN_IF_ERROR(
+          kernels_->CopyRows({.dtype = dims_.dtype,
+                              .num_heads = dims_.num_kv_heads,
+                              .head_dim = i % 2 == 0 ? dims_.head_dim_qk : dims_.head_dim_v,
+                              .src = View(*tensors[i]),
+                              .segments = segments,
+                              .num_segments = static_cast<int32_t>(mine.size()),
+                              .dst = next},
+                             part.stream));
     }
     for (const Run& run : runs) {
       const int64_t num_bytes = run.num_tokens * row_elements(i) * esize;
@@ -283,8 +280,9 @@ absl::Status KvCacheImpl::AppendForward(int home, SequenceId sequence, Engine& e
   if (status.ok()) {
     // What may be written to again has to be at home, if only a home's pages can be.
     const int64_t num_tokens = part.document().num_tokens;
-    const int64_t stays =
-        is_reachable_ ? num_tokens : std::max<int64_t>(num_tokens - options_.max_rollback_tokens, 0);
+    const int64_t stays = is_reachable_
+                              ? num_tokens
+                              : std::max<int64_t>(num_tokens - options_.max_rollback_tokens, 0);
     part.num_blocks = stays / dims_.select_block_tokens;
     if (home == rank()) {
       status = TakeForwardPages(part, &changes);
@@ -292,8 +290,9 @@ absl::Status KvCacheImpl::AppendForward(int home, SequenceId sequence, Engine& e
     }
   }
   const auto run = [&]() -> absl::Status {
-    NSA_RETURN_IF_ERROR(Agree(*communicator_, status,
-                              {{"home", absl::StrCat(home)}, {"document", absl::StrCat(document)}}));
+    NSA_RETURN_IF_ERROR(
+        Agree(*communicator_, status,
+              {{"home", absl::StrCat(home)}, {"document", absl::StrCat(document)}}));
     const auto pages = ShareForwardPages(part);
     if (!pages.ok()) return pages.status();
     if (!is_reachable_) NSA_RETURN_IF_ERROR(window_->BeginWrite(stream));

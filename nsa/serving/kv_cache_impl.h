@@ -23,8 +23,6 @@ namespace nsa::serving {
 
 constexpr int32_t kMaxNewTokens = 64;  // of a sequence in a step
 
-
-
 class KvCacheImpl final : public KvCache {
  public:
   KvCacheImpl(const KvCacheOptions& options, std::shared_ptr<comm::Communicator> communicator,
@@ -51,8 +49,7 @@ class KvCacheImpl final : public KvCache {
   }
   absl::Status Append(SequenceId sequence, const KvTokens& tokens, void* stream) override;
   absl::Status AppendForward(int home, SequenceId sequence, Engine& engine,
-                             const ForwardInputs& inputs, int32_t document,
-                             void* stream) override;
+                             const ForwardInputs& inputs, int32_t document, void* stream) override;
   absl::Status Truncate(SequenceId sequence, int64_t num_tokens) override {
     return table_->Truncate(sequence, num_tokens);
   }
@@ -121,8 +118,8 @@ class KvCacheImpl final : public KvCache {
 
   void** TableRow(int list, int32_t slot) const {
     const bool is_summaries = list == table_->num_lists();
-    void** const table = static_cast<void**>(tables_->data()) +
-                         list * int64_t{options_.max_sequences} * max_pages_;
+    void** const table =
+        static_cast<void**>(tables_->data()) + list * int64_t{options_.max_sequences} * max_pages_;
     return table + slot * (is_summaries ? max_summary_pages_ : max_pages_);
   }
   kernels::PageTables Tables() const {
@@ -178,17 +175,17 @@ class KvCacheImpl final : public KvCache {
   std::unique_ptr<comm::Window> window_;  // this rank's pages, of all homes
   std::vector<char*> bases_;              // [P] where this rank reaches them; null where it cannot
   bool is_reachable_ = false;
-  std::vector<int64_t> share_begin_;      // [P] first page of this home
-  std::vector<int64_t> pages_of_rank_;    // [P] of all homes
+  std::vector<int64_t> share_begin_;    // [P] first page of this home
+  std::vector<int64_t> pages_of_rank_;  // [P] of all homes
   std::unique_ptr<SequenceTable> table_;
 
   std::unique_ptr<kernels::Memory> summaries_;  // this home's summary pages
-  std::unique_ptr<kernels::Memory> tables_;     // [lists,max_sequences,max_pages], then of summaries
-  std::unique_ptr<kernels::Memory> rows_;       // DecodeRow
-  std::unique_ptr<kernels::Memory> copies_;     // sources and destinations of CopyPieces
-  std::unique_ptr<kernels::Memory> indices_;    // [max_step_rows,Hkv,n]
+  std::unique_ptr<kernels::Memory> tables_;   // [lists,max_sequences,max_pages], then of summaries
+  std::unique_ptr<kernels::Memory> rows_;     // DecodeRow
+  std::unique_ptr<kernels::Memory> copies_;   // sources and destinations of CopyPieces
+  std::unique_ptr<kernels::Memory> indices_;  // [max_step_rows,Hkv,n]
   std::unique_ptr<kernels::Memory> scratch_;
-  std::unique_ptr<kernels::Memory> slots_;      // pages that a piece of a step fetches
+  std::unique_ptr<kernels::Memory> slots_;  // pages that a piece of a step fetches
   std::unique_ptr<kernels::Memory> fetch_list_;
   std::unique_ptr<kernels::Event> done_;
 

@@ -92,9 +92,9 @@ absl::Status SequenceTable::CheckNeed(const Need& need) const {
                      " of home ", options_.home));
   }
   if (need.summary_pages > summaries_.num_free(0)) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "summary pages: ", need.summary_pages, " asked, ", summaries_.num_free(0), " free of the ",
-        summaries_.num_pages(), " of home ", options_.home));
+    return absl::ResourceExhaustedError(
+        absl::StrCat("summary pages: ", need.summary_pages, " asked, ", summaries_.num_free(0),
+                     " free of the ", summaries_.num_pages(), " of home ", options_.home));
   }
   return absl::OkStatus();
 }
@@ -107,9 +107,9 @@ absl::Status SequenceTable::CheckNeedOnRanks(const Need& need,
   asked[options_.home] += need.pages - static_cast<int64_t>(block_ranks.size());
   for (int rank = 0; rank < pages_.num_ranks(); ++rank) {
     if (asked[rank] <= pages_.num_free(rank)) continue;
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "pages: ", asked[rank], " asked of rank ", rank, ", ", pages_.num_free(rank),
-        " free of the ", pages_.num_pages(rank), " of home ", options_.home));
+    return absl::ResourceExhaustedError(
+        absl::StrCat("pages: ", asked[rank], " asked of rank ", rank, ", ", pages_.num_free(rank),
+                     " free of the ", pages_.num_pages(rank), " of home ", options_.home));
   }
   return CheckNeed({.pages = 0, .summary_pages = need.summary_pages});
 }
@@ -254,8 +254,8 @@ absl::Status SequenceTable::Truncate(SequenceId id, int64_t num_tokens) {
   if (!found.ok()) return found.status();
   Sequence& sequence = sequences_.at(id);
   if (num_tokens < 0 || num_tokens > sequence.num_tokens) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "num_tokens = ", num_tokens, ": must lie in [0, ", sequence.num_tokens, "]"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("num_tokens = ", num_tokens, ": must lie in [0, ", sequence.num_tokens, "]"));
   }
   const int64_t block = options_.config.select_block_tokens;
   const int64_t first_needed = std::max<int64_t>(num_tokens + 1 - Reach(), 0) / block;

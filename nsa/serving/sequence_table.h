@@ -1,8 +1,8 @@
 // The sequences of one home and their pages: pure host data, no memory of pages.
 //
 // A sequence has lists of pages. List 0 holds all select blocks. Where the window's or the
-// compression's keys and values are not to be had there, they have lists of their own, of which only
-// the last pages are kept. The last list is of summary pages, from a pool of their own.
+// compression's keys and values are not to be had there, they have lists of their own, of which
+// only the last pages are kept. The last list is of summary pages, from a pool of their own.
 #ifndef NSA_SERVING_SEQUENCE_TABLE_H_
 #define NSA_SERVING_SEQUENCE_TABLE_H_
 
@@ -25,14 +25,14 @@ inline constexpr int64_t kMaxExtendTokens = 1024;
 
 struct SequenceTableOptions {
   NsaConfig config;
-  int32_t home = 0;                        // this rank
-  std::vector<int64_t> pages_of_rank;      // [P] of this home
-  int64_t num_summary_pages = 0;           // of this home
+  int32_t home = 0;                    // this rank
+  std::vector<int64_t> pages_of_rank;  // [P] of this home
+  int64_t num_summary_pages = 0;       // of this home
   int32_t max_sequences = 0;
-  int64_t max_tokens = 0;                  // of a sequence
-  int num_lists = 1;                       // of pages, 1 to kMaxPageLists
-  bool only_at_home = false;               // pages are taken of the home alone
-  int64_t max_rollback_tokens = 0;         // of lists from 1 on
+  int64_t max_tokens = 0;           // of a sequence
+  int num_lists = 1;                // of pages, 1 to kMaxPageLists
+  bool only_at_home = false;        // pages are taken of the home alone
+  int64_t max_rollback_tokens = 0;  // of lists from 1 on
 };
 
 // A page of a list became another one. Pages are named by list, with num_lists for summaries.
@@ -94,8 +94,8 @@ class SequenceTable {
   // page holds.
   int64_t NumUnits(int list, int64_t num_tokens) const;
   int64_t UnitsOfPage(int list) const;
-  // Pages that new tokens are written to: [first, end) in the list. `only_kept`: of the lists from 1
-  // on, only those that are kept afterwards.
+  // Pages that new tokens are written to: [first, end) in the list. `only_kept`: of the lists from
+  // 1 on, only those that are kept afterwards.
   std::pair<int64_t, int64_t> Written(int list, const Sequence& sequence, int64_t num_new,
                                       bool only_kept) const;
   // How far back a query, or a compression block, reaches: of the lists from 1 on.

@@ -126,9 +126,8 @@ CompressorParams ParamsOf(const EncodedParameters& p, int64_t l, int64_t dim) {
   const auto tensor = [&](const Bytes& bytes, Dims shape) {
     return bytes.empty() ? ConstTensor() : ConstTensor(bytes.data(), p.dtype, std::move(shape));
   };
-  return {tensor(p.weight, {h, l}),         tensor(p.pe, {h, l, dim}),
-          tensor(p.w, {h, dim, l * dim}),   tensor(p.w1, {h, f, l * dim}),
-          tensor(p.b1, {h, f}),             tensor(p.w2, {h, dim, f}),
+  return {tensor(p.weight, {h, l}),      tensor(p.pe, {h, l, dim}), tensor(p.w, {h, dim, l * dim}),
+          tensor(p.w1, {h, f, l * dim}), tensor(p.b1, {h, f}),      tensor(p.w2, {h, dim, f}),
           tensor(p.b2, {h, dim})};
 }
 
@@ -150,7 +149,8 @@ class RankRun {
     KvCacheOptions options;
     options.config = MakeNsaConfig(c);
     options.dtype = variant_.dtype;
-    options.num_pages = 90;
+    // Room runs out now and then; without others' pages it would most of the time.
+    options.num_pages = variant_.is_reachable ? 120 : 300;
     options.max_sequences = kMaxSequences;
     options.max_tokens = kMaxTokens;
     options.shares_kv = variant_.shares_kv;
@@ -176,8 +176,11 @@ class RankRun {
         ASSERT_EQ(*cache_->NumTokens(id), static_cast<int64_t>(tokens.size()));
       }
     }
-    EXPECT_GT(num_compared_, variant_.num_operations / 10);
-    if (variant_.num_operations >= 1000) EXPECT_GT(num_exhausted_, 0);
+    EXPECT_GT(num_compared_, variant_.num_operations / 4);
+    EXPECT_EQ(cache_->Stats().bytes_fetched > 0, !variant_.is_reachable);
+    if (variant_.num_operations >= 1000) {
+      EXPECT_GT(num_exhausted_, 0);
+    }
     for (const auto& [id, tokens] : sequences_) EXPECT_TRUE(cache_->Close(id).ok());
     EXPECT_EQ(cache_->Stats().pages_used, 0);
     EXPECT_EQ(cache_->Stats().summary_pages_used, 0);
@@ -230,8 +233,7 @@ class RankRun {
       const int64_t to = mine_.Int(std::max<int64_t>(0, length - 70), length);
       const absl::Status status = cache_->Truncate(id, to);
       // Further back than what is kept where the branches have pages of their own.
-      const bool may_refuse =
-          (!variant_.shares_kv || !variant_.is_reachable) && length - to > 50;
+      const bool may_refuse = (!variant_.shares_kv || !variant_.is_reachable) && length - to > 50;
       if (status.ok()) {
         tokens.resize(to);
       } else {
@@ -239,8 +241,8 @@ class RankRun {
         EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
       }
       // A sequence that was rolled back may have lost what a second roll-back needs.
-      may_refuse_further_ |= status.ok() && to < length && (!variant_.shares_kv ||
-                                                            !variant_.is_reachable);
+      may_refuse_further_ |=
+          status.ok() && to < length && (!variant_.shares_kv || !variant_.is_reachable);
     } else if (kind <= 8) {
       const auto forked = cache_->Fork(id);
       if (static_cast<int>(sequences_.size()) == kMaxSequences) {
@@ -271,7 +273,8 @@ class RankRun {
     const Rows rows(universe_, all);
     const reference::ReferenceConfig& c = universe_.config;
     const auto num_rows = static_cast<int64_t>(all.size());
-    const int64_t o_row = c.num_q_heads * c.head_dim_v, picks = c.num_kv_heads * c.num_selected_blocks;
+    const int64_t o_row = c.num_q_heads * c.head_dim_v,
+                  picks = c.num_kv_heads * c.num_selected_blocks;
     Bytes o(num_rows * o_row * SizeOf(variant_.dtype), std::byte{0xff});
     std::vector<int32_t> indices(num_rows * picks, -7);
     const StepOutputs outputs = {
@@ -359,9 +362,9 @@ class RankRun {
     EngineOptions options;
     options.config = MakeNsaConfig(c);
     options.dtype = variant_.dtype;
-    auto engine = Engine::Create(
-        options, *ShardPlan::Parse(sharding, num_tokens, kRanks, cu_seqlens), communicator_,
-        kernels_);
+    auto engine =
+        Engine::Create(options, *ShardPlan::Parse(sharding, num_tokens, kRanks, cu_seqlens),
+                       communicator_, kernels_);
     ASSERT_TRUE(engine.ok()) << engine.status();
     std::vector<int64_t> own;
     for (const Chunk& chunk : (*engine)->shard_plan().ChunksOfRank(communicator_->rank())) {
@@ -411,7 +414,9 @@ TEST_P(KvCacheTest, RandomSchedulesEqualAPlainCopy) {
   const Variant& variant = GetParam();
   const Universe universe(variant);
   std::vector<std::shared_ptr<comm::Communicator>> ranks;
-  for (auto& communicator : comm::CreateLoopbackGroup(kRanks, absl::Seconds(60))) {
+  auto group = comm::LoopbackGroup::Create(kRanks);
+  ASSERT_TRUE(group.ok()) << group.status();
+  for (auto& communicator : *group) {
     ranks.push_back(std::move(communicator));
     if (!variant.is_reachable) {
       ranks.back() = std::make_shared<UnreachableCommunicator>(ranks.back());
@@ -431,7 +436,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Variant{"Bf16", DType::kBF16, true, true, Kind::kMlp, 300},
                     Variant{"OwnKvOfBranches", DType::kF32, false, true, Kind::kWeighted, 1000},
                     Variant{"Fetched", DType::kF32, true, false, Kind::kMean, 1000},
-                    Variant{"FetchedOwnKv", DType::kF16, false, false, Kind::kLinear, 300}),
+                    Variant{"FetchedOwnKv", DType::kF16, false, false, Kind::kLinear, 1000}),
     [](const auto& info) { return info.param.name; });
 
 }  // namespace
