@@ -24,8 +24,9 @@ def passes(results):
 
 
 def shapes(results):
-    """Those of the zig-zag runs, in order of appearance."""
-    return list(dict.fromkeys(shape_of(r) for r in results if r["sharding"] == "zigzag"))
+    """Those of the zig-zag runs and of decoding, in order of appearance."""
+    return list(dict.fromkeys(shape_of(r) for r in results
+                              if pass_of(r) == "decode" or r["sharding"] == "zigzag"))
 
 
 def select(results, implementation, shape, name="forward"):
@@ -37,15 +38,46 @@ def select(results, implementation, shape, name="forward"):
             and "relative_l2_against_cpu" not in r}
 
 
+def select_decode(results, implementation, shape, flush=True):
+    """{(gpus, batch, cached): result}; of several of the same the last."""
+    return {(r["gpus"], r["batch"], r["cached"]): r for r in results
+            if r["implementation"] == implementation and pass_of(r) == "decode"
+            and shape_of(r) == shape and r["flush"] == flush}
+
+
 def add_dense_ratios(results):
     """Sets dense_ratio, the dense time over ours, where both were measured."""
+    for ours, dense in with_dense(results):
+        if dense:
+            time = "median_us" if "median_us" in ours else "median_ms"
+            ours["dense_ratio"] = round(dense[time] / ours[time], 4)
+
+
+def with_dense(results):
+    """(result of ours, what it is compared with or None). Dense decoding runs on one GPU."""
     for shape in shapes(results):
         for name in passes(results):
-            dense = select(results, "dense", shape, name)
-            for place, result in select(results, "nsa", shape, name).items():
-                if place in dense:
-                    result["dense_ratio"] = round(
-                        dense[place]["median_ms"] / result["median_ms"], 4)
+            if name == "decode":
+                for flush in (True, False):
+                    dense = select_decode(results, "dense", shape, flush)
+                    for (_, *case), ours in select_decode(results, "nsa", shape, flush).items():
+                        yield ours, dense.get((1, *case))
+            else:
+                dense = select(results, "dense", shape, name)
+                for place, ours in select(results, "nsa", shape, name).items():
+                    yield ours, dense.get(place)
+
+
+def decode_times(of_case, gpus, batch):
+    """[(cached, median us)], ascending."""
+    return sorted((cached, r["median_us"]) for (p, b, cached), r in of_case.items()
+                  if (p, b) == (gpus, batch))
+
+
+def decode_ratios(of_case, gpus, batch):
+    """[(cached, dense time / our time)], ascending."""
+    return sorted((cached, r["dense_ratio"]) for (p, b, cached), r in of_case.items()
+                  if (p, b) == (gpus, batch) and "dense_ratio" in r)
 
 
 def times(of_place, gpus):

@@ -32,8 +32,10 @@ GpuTimer::~GpuTimer() {
 }
 
 absl::StatusOr<double> GpuTimer::Time(absl::FunctionRef<absl::Status()> prepare,
-                                      absl::FunctionRef<absl::Status()> work) {
-  NSA_BENCHMARK_OK(CudaStatus(cudaMemsetAsync(flush_, 0, kFlushBytes, stream_), "flush the L2"));
+                                      absl::FunctionRef<absl::Status()> work, bool flush) {
+  if (flush) {
+    NSA_BENCHMARK_OK(CudaStatus(cudaMemsetAsync(flush_, 0, kFlushBytes, stream_), "flush the L2"));
+  }
   NSA_BENCHMARK_OK(prepare());
   NSA_BENCHMARK_OK(CudaStatus(cudaEventRecord(begin_, stream_), "cudaEventRecord"));
   NSA_BENCHMARK_OK(work());

@@ -36,9 +36,9 @@ class GpuTimer {
   GpuTimer& operator=(const GpuTimer&) = delete;
 
   // Milliseconds between an event before `work` and one after, on stream(); what `prepare` enqueues
-  // or waits for comes between the flush and the first event.
+  // or waits for comes between the flush, if any, and the first event.
   absl::StatusOr<double> Time(absl::FunctionRef<absl::Status()> prepare,
-                              absl::FunctionRef<absl::Status()> work);
+                              absl::FunctionRef<absl::Status()> work, bool flush = true);
 
   cudaStream_t stream() const { return stream_; }
 

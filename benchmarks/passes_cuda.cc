@@ -22,25 +22,20 @@
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/functional/function_ref.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "benchmarks/caller_tensors.h"
 #include "benchmarks/gpu_rank.h"
 #include "benchmarks/gpu_timer.h"
 #include "benchmarks/in_place_communicator.h"
+#include "benchmarks/result_lines.h"
 #include "comm/loopback/loopback.h"
 #include "kernels/cpu/cpu_kernels.h"
 #include "kernels/cuda/cuda_kernels.h"
-#include "nlohmann/json.hpp"
 #include "nsa/engine.h"
 
 ABSL_FLAG(std::vector<std::string>, tokens, {"8192"}, "tokens of the global sequence, ascending");
 ABSL_FLAG(std::string, pass, "forward", "forward, backward, or step: both");
-ABSL_FLAG(int, q_heads, 64, "Hq");
-ABSL_FLAG(int, kv_heads, 4, "Hkv");
-ABSL_FLAG(int, dim_qk, 128, "Dk");
-ABSL_FLAG(int, dim_v, 128, "Dv");
 ABSL_FLAG(std::string, sharding, "zigzag", "see ShardPlan::Parse");
 ABSL_FLAG(int, reps, 10, "timed calls, after 3 that are not timed; at least 1");
 ABSL_FLAG(bool, agree, false, "EngineOptions::agree_in_every_call");
@@ -49,13 +44,8 @@ ABSL_FLAG(bool, check, false, "compare o with the CPU kernels' on one rank");
 namespace nsa::benchmarks {
 namespace {
 
-using Json = nlohmann::ordered_json;
-
 constexpr int kWarmUps = 3;
 constexpr int kStageCalls = 5;
-
-// To a tenth of a microsecond, or of a thousandth.
-double Rounded(double value) { return std::round(value * 1e4) / 1e4; }
 
 // Milliseconds by stage, in the order of the stages.
 using StageTimes = std::vector<std::pair<std::string, double>>;
@@ -74,15 +64,6 @@ float FromBf16(uint16_t x) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
-}
-
-NsaConfig MakeConfig() {
-  NsaConfig config;
-  config.num_q_heads = absl::GetFlag(FLAGS_q_heads);
-  config.num_kv_heads = absl::GetFlag(FLAGS_kv_heads);
-  config.head_dim_qk = absl::GetFlag(FLAGS_dim_qk);
-  config.head_dim_v = absl::GetFlag(FLAGS_dim_v);
-  return config;
 }
 
 // What all measurements of a process share.
@@ -294,7 +275,7 @@ absl::Status MeasureStep(Bench& bench, Pass& pass, const CallerTensors& tensors,
 }
 
 absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
-  EngineOptions options = {.config = MakeConfig()};
+  EngineOptions options = {.config = ConfigOfFlags()};
   options.agree_in_every_call = absl::GetFlag(FLAGS_agree);
   auto plan = ShardPlan::Parse(absl::GetFlag(FLAGS_sharding), tokens, bench.communicator->size());
   if (!plan.ok()) return plan.status();
@@ -331,10 +312,7 @@ absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
   auto stages = TimeStages(bench, options, *plan, *tensors);
   if (!stages.ok()) return stages.status();
   line["stages_ms"] = *std::move(stages);
-  if (bench.communicator->rank() == 0) {
-    std::printf("%s\n", line.dump().c_str());
-    std::fflush(stdout);
-  }
+  Print(bench.gpu, line);
   return absl::OkStatus();
 }
 
@@ -346,30 +324,12 @@ absl::Status Run(GpuRank gpu) {
   Bench bench = {gpu, std::make_shared<InPlaceCommunicator>(gpu.communicator), *std::move(kernels),
                  *std::move(timer)};
 
-  cudaDeviceProp properties;
-  int runtime = 0;
-  NSA_BENCHMARK_OK(
-      CudaStatus(cudaGetDeviceProperties(&properties, gpu.device), "cudaGetDeviceProperties"));
-  NSA_BENCHMARK_OK(CudaStatus(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion"));
-  const NsaConfig config = MakeConfig();
-  const Json heading = {{"implementation", "nsa"},
-                        {"pass", absl::GetFlag(FLAGS_pass)},
-                        {"gpu", properties.name},
-                        {"cuda", absl::StrCat(runtime / 1000, ".", runtime % 1000 / 10)},
-                        {"gpus", bench.communicator->size()},
-                        {"q_heads", config.num_q_heads},
-                        {"kv_heads", config.num_kv_heads},
-                        {"dim_qk", config.head_dim_qk},
-                        {"dim_v", config.head_dim_v},
-                        {"sharding", absl::GetFlag(FLAGS_sharding)}};
-  for (const std::string& length : absl::GetFlag(FLAGS_tokens)) {
-    int64_t tokens = 0;
-    if (!absl::SimpleAtoi(length, &tokens) || tokens < 1) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("--tokens has \"", length, "\": must be whole numbers, at least 1"));
-    }
-    NSA_BENCHMARK_OK(MeasureLength(bench, heading, tokens));
-  }
+  auto heading = Heading(absl::GetFlag(FLAGS_pass), bench.gpu, ConfigOfFlags());
+  if (!heading.ok()) return heading.status();
+  (*heading)["sharding"] = absl::GetFlag(FLAGS_sharding);
+  auto lengths = NumbersOf("tokens", absl::GetFlag(FLAGS_tokens));
+  if (!lengths.ok()) return lengths.status();
+  for (int64_t tokens : *lengths) NSA_BENCHMARK_OK(MeasureLength(bench, *heading, tokens));
   return bench.communicator->Barrier();
 }
 

@@ -6,11 +6,13 @@
 FILE-time: milliseconds against length, ours and dense, and how many times faster ours is.
 FILE-efficiency: against GPUs, strong (same length) and weak (same length a GPU, by rate).
 FILE-stages: milliseconds by stage, for each length and number of GPUs.
+FILE-decode-time: microseconds of a step of decoding against cached tokens, for each batch.
 Of another pass than the forward PASS stands before time, efficiency and stages. For the first shape
 of heads in the file. Needs matplotlib (Debian: python3-matplotlib).
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import figures
@@ -74,6 +76,34 @@ def draw_time(ours, dense, name):
     return figure
 
 
+def draw_decode(ours, dense):
+    figure, (time, ratio, legend) = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained",
+                                                    width_ratios=(4, 4, 2))
+    markers = dict(zip(sorted({gpus for gpus, _, _ in ours}), "o^Dv"))
+    for color, batch in zip(COLORS, sorted({batch for _, batch, _ in ours})):
+        for gpus, marker in markers.items():
+            style = {"marker": marker, "color": color, "label": f"batch {batch}, {gpus_name(gpus)}"}
+            for axis, points in ((time, figures.decode_times(ours, gpus, batch)),
+                                 (ratio, figures.decode_ratios(ours, gpus, batch))):
+                if points:
+                    axis.plot(*zip(*points), **style)
+        points = figures.decode_times(dense, 1, batch)
+        if points:
+            time.plot(*zip(*points), "s--", color=color, alpha=0.6,
+                      label=f"batch {batch}, 1 GPU, dense cuDNN")
+    time.set_yscale("log")
+    time.set_ylabel("a step, microseconds")
+    ratio.set_yscale("log")
+    ratio.set_ylabel("times faster than dense on one GPU")
+    ratio.axhline(1, color="black", linewidth=0.8)
+    for axis in (time, ratio):
+        show_lengths(axis, {cached for _, _, cached in ours})
+        axis.set_xlabel("cached tokens")
+    legend.axis("off")
+    legend.legend(*time.get_legend_handles_labels(), loc="center")
+    return figure
+
+
 def draw_efficiency(ours):
     counts = sorted({gpus for gpus, _ in ours})
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
@@ -128,11 +158,14 @@ def main():
     folder = args.output or args.file.parent
     pyplot.rcParams.update(STYLE)
     for name in figures.passes(file["results"]):
-        ours = figures.select(file["results"], "nsa", shape, name)
-        dense = figures.select(file["results"], "dense", shape, name)
+        select = figures.select_decode if name == "decode" else partial(figures.select, name=name)
+        ours, dense = (select(file["results"], of, shape) for of in ("nsa", "dense"))
         prefix = args.file.stem + ("" if name == "forward" else f"-{name}")
-        plots = {"time": draw_time(ours, dense, name), "efficiency": draw_efficiency(ours)}
-        if name != "step":  # whose stages are those of its backward
+        if name == "decode":
+            plots = {"time": draw_decode(ours, dense)}
+        else:
+            plots = {"time": draw_time(ours, dense, name), "efficiency": draw_efficiency(ours)}
+        if name in ("forward", "backward"):  # a step's stages are those of its backward
             plots["stages"] = draw_stages(ours)
         for plot, figure in plots.items():
             figure.suptitle(f"NSA {name}, {file['gpu']}, {file['date']}")

@@ -2,10 +2,11 @@
 """The scaling run: our passes and dense attention's, in turns, on the GPUs of this host.
 
     benchmarks/run_scaling.py BUNDLE --gpus 1,2,4 --tokens 65536,131072,262144,524288,1048576
+    benchmarks/run_scaling.py BUNDLE --gpus 1,4 --passes decode
 
-BUNDLE is a folder with passes_cuda (for --steps also cuda_kernels_benchmark and
-communication_benchmark) and the libraries that they need and this host lacks. For each number of
-GPUs (and shape of heads, and round) it runs passes_cuda at all lengths, then
+BUNDLE is a folder with passes_cuda (for the pass decode decode_cuda; for --steps also
+cuda_kernels_benchmark and communication_benchmark) and the libraries that they need and this host
+lacks. For each number of GPUs (and shape of heads, and round) it runs ours at all lengths, then
 dense/dense_attention.py, and writes one result file; README.md describes both. Start it with a
 python3 that has torch. A run that fails or takes too long is noted, and the others go on; the file
 is written after each.
@@ -42,7 +43,10 @@ def parse_arguments():
     parser.add_argument("--gpus", type=numbers, default=[1], help="e.g. 1,2,4")
     parser.add_argument("--tokens", type=numbers, default=[8192, 65536], help="ascending")
     parser.add_argument("--passes", type=lambda text: text.split(","), default=["forward"],
-                        help="of forward, backward, step (both)")
+                        help="of forward, backward, step (both), decode")
+    parser.add_argument("--cached", type=numbers, default=[16384, 65536, 262144, 1048576],
+                        help="of decode, ascending")
+    parser.add_argument("--batch", type=numbers, default=[1, 8, 32], help="of decode")
     parser.add_argument("--dims", type=shapes, default=[(128, 128)], help="DkxDv, e.g. 128x128")
     parser.add_argument("--max_tokens_per_gpu", type=int, default=1 << 20, help="of ours")
     parser.add_argument("--dense_max_tokens_per_gpu", type=int, default=1 << 17)
@@ -90,11 +94,13 @@ def describe_host(bundle, folders):
         "config": "bf16, l 32, d 16, l' 64, n 16, w 512, mean compression, k and v shared by the "
                   "branches, zig-zag; heads and dims stand in the results",
         "method": "device events, L2 flushed before each repetition, 3 calls before the timed "
-                  "ones, the slowest rank of each repetition counts",
+                  "ones, the slowest rank of each repetition counts; steps of decoding are replays "
+                  "of a CUDA graph",
         "environment": {name: value for name, value in sorted(os.environ.items())
                         if name.startswith("NCCL_") and name != "NCCL_VERSION"},
         "runs": [],
         "results": [],
+        "skipped": [],
         "steps": [],
     }
 
@@ -121,8 +127,23 @@ def mpirun(gpus):
     return ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(gpus)] if gpus > 1 else []
 
 
+def decode_commands_of(args, gpus, dims):
+    """As commands_of. Dense attention decodes on one GPU, beside the first number of ours."""
+    flags = [f"--dim_qk={dims[0]}", f"--dim_v={dims[1]}", f"--reps={args.reps}",
+             "--cached=" + ",".join(map(str, args.cached)),
+             "--batch=" + ",".join(map(str, args.batch))]
+    cases = len(args.cached) * len(args.batch)
+    yield mpirun(gpus) + [str(args.bundle / "decode_cuda"), *flags], cases
+    if gpus == args.gpus[0]:
+        yield [sys.executable, str(HERE / "dense/dense_attention.py"), "--pass=decode",
+               *flags] + ["--check"] * args.check, cases
+
+
 def commands_of(args, name, gpus, dims):
     """(command, results it should print) of each run of a pass on that many GPUs."""
+    if name == "decode":
+        yield from decode_commands_of(args, gpus, dims)
+        return
     heads = [f"--dim_qk={dims[0]}", f"--dim_v={dims[1]}", f"--reps={args.reps}"]
     if name != "forward":
         heads.append(f"--pass={name}")
@@ -180,6 +201,9 @@ class ScalingRun:
             def read(out, expected=expected):
                 lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
                 for line in lines:
+                    if "skipped" in line:
+                        self.file["skipped"].append(line)
+                        continue
                     if self.args.rounds > 1:
                         line["round"] = number
                     if "cuda" in line:
@@ -216,9 +240,12 @@ def main():
                 for name in args.passes:
                     scaling.measure(name, gpus, dims, number)
     for line in scaling.file["results"]:
-        print(f"{line['implementation']:6} {figures.pass_of(line)} {line['gpus']} GPUs {line['tokens']:8} tokens "
-              f"{line['median_ms']:10.3f} ms", *(f"{name} {line[name]:.3f}" for name in
-              ("dense_ratio", "exposed_communication") if name in line), flush=True)
+        what = (f"{line['cached']:8} cached x {line['batch']:2} {line['median_us']:10.1f} us"
+                if figures.pass_of(line) == "decode" else
+                f"{line['tokens']:8} tokens {line['median_ms']:10.3f} ms")
+        print(f"{line['implementation']:6} {figures.pass_of(line)} {line['gpus']} GPUs {what}",
+              *(f"{name} {line[name]:.3f}" for name in ("dense_ratio", "exposed_communication")
+                if name in line), flush=True)
     return 0 if all(one["end"] == "ok" for one in scaling.file["runs"]) else 1
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import unittest.mock
 from pathlib import Path
 
 NVIDIA_SMI = """#!/bin/sh
@@ -14,6 +15,11 @@ case "$1" in *driver*) echo 1.2.3 ;; *) echo "NVIDIA Pretended" ;; esac
 RESULT = json.dumps({"implementation": "nsa", "gpus": 1, "tokens": 1024, "q_heads": 64,
                      "kv_heads": 4, "dim_qk": 128, "dim_v": 128, "sharding": "zigzag",
                      "cuda": "13.0", "median_ms": 2.0})
+DECODED = json.dumps({"implementation": "nsa", "pass": "decode", "gpus": 2, "q_heads": 64,
+                      "kv_heads": 4, "dim_qk": 128, "dim_v": 128, "cached": 1024, "batch": 1,
+                      "flush": True, "median_us": 20.0})
+SKIPPED = json.dumps({"implementation": "nsa", "pass": "decode", "cached": 4096, "batch": 1,
+                      "skipped": "no room"})
 STEPS = json.dumps({"context": {"host_name": "secret"}, "benchmarks": [
     {"name": "pack/tokens:8192/iterations:10/manual_time", "median_us": 3.0, "cpu_time": 9.0}]})
 
@@ -53,6 +59,30 @@ class RunScalingTest(unittest.TestCase):
         self.assertEqual([one["command"] for one in file["runs"]],
                          ["cuda_kernels_benchmark --benchmark_format=json",
                           "passes_cuda --dim_qk=128 --dim_v=128 --reps=10 --tokens=1024"])
+
+    def test_decoding(self):
+        self.add_program("mpirun", f"#!/bin/sh\necho '{DECODED}'\necho '{SKIPPED}'\n")
+        # Dense attention imports this as torch, and comes no further.
+        (self.bundle / "torch.py").write_text(
+            "import json\n"
+            f"print(json.dumps({{**json.loads('{DECODED}'), 'implementation': 'dense',"
+            " 'gpus': 1, 'median_us': 50.0}))\n"
+            f"print('{SKIPPED}')\n"
+            "raise SystemExit(0)\n", encoding="utf-8")
+        with unittest.mock.patch.dict(os.environ, PYTHONPATH=str(self.bundle)):
+            status, file = self.scaling_run("--passes=decode", "--gpus=2,4", "--cached=1024,4096",
+                                            "--batch=1")
+        self.assertEqual(status, 0)
+        arguments = "--dim_qk=128 --dim_v=128 --reps=10 --cached=1024,4096 --batch=1"
+        ours = "mpirun --oversubscribe --bind-to none -n {} decode_cuda " + arguments
+        self.assertEqual(
+            [one["command"] for one in file["runs"]],
+            [ours.format(2),
+             "python3 benchmarks/dense/dense_attention.py --pass=decode " + arguments,
+             ours.format(4)])
+        self.assertEqual([(r["implementation"], r.get("dense_ratio")) for r in file["results"]],
+                         [("nsa", 2.5), ("dense", None), ("nsa", 2.5)])
+        self.assertEqual(len(file["skipped"]), 3)
 
     def test_a_run_that_hangs_is_stopped_and_its_results_kept(self):
         self.add_program("passes_cuda", f"#!/bin/sh\necho '{RESULT}'\nsleep 1000\n")

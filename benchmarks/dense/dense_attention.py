@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Dense causal attention by cuDNN, through torch: what the sparse forward is compared with.
+"""Dense causal attention by cuDNN, through torch: what the sparse passes are compared with.
 
     dense_attention.py --tokens 8192,65536                                       one GPU
+    dense_attention.py --pass decode --cached 65536 --batch 1,8,32               one GPU
     torchrun --standalone --nproc-per-node 4 dense_attention.py --tokens 65536   one GPU a rank
     ... --pass backward                                      after a forward that is not timed; or step
     ... --check                                                                  against fp64 first
@@ -13,7 +14,10 @@ log-sum-exps. One call a chunk will not do: torch aligns cuDNN's causal mask to 
 The backward gathers K and V again, goes over the same parts with the merged output and log-sum-exp,
 and reduce-scatters the gradients of K and V.
 
-Prints one line of JSON for each length, with the fields of passes_cuda (see benchmarks/README.md).
+A step of decoding is one query a sequence over all that is cached, replayed as a CUDA graph.
+
+Prints one line of JSON for each length (and batch), with the fields of passes_cuda and decode_cuda
+(see benchmarks/README.md).
 """
 
 import argparse
@@ -31,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WARM_UPS = 3
 FLUSH_BYTES = 256 << 20  # larger than the L2
+HOLD_CYCLES = 200_000  # about 100 us, longer than the host takes to launch a graph
 
 
 @triton.jit
@@ -232,11 +237,96 @@ def time_pass(case, name, reps, seconds):
     return times, (total - free - FLUSH_BYTES) >> 20
 
 
+class DecodeStep:
+    """One new token for each sequence of a batch, as a CUDA graph."""
+
+    def __init__(self, batch, cached, args):
+        torch.manual_seed(1)
+        self.q, self.k, self.v = (
+            torch.randn(batch, heads, tokens, dim, dtype=torch.bfloat16, device="cuda")
+            for heads, tokens, dim in ((args.q_heads, 1, args.dim_qk),
+                                       (args.kv_heads, cached, args.dim_qk),
+                                       (args.kv_heads, cached, args.dim_v)))
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                self.attend()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = self.attend()
+
+    def attend(self):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(
+                self.q, self.k, self.v, enable_gqa=True)
+
+    def relative_l2(self):
+        """Against fp64, which looks at one sequence at a time."""
+        self.graph.replay()
+        difference = norm = 0.0
+        for q, k, v, out in zip(self.q, self.k, self.v, self.out):
+            q, k, v, out = (x.double() for x in (q, k, v, out))
+            heads = q.shape[0] // k.shape[0]
+            logits = q.view(k.shape[0], heads, -1) @ k.transpose(1, 2) * q.shape[2]**-0.5
+            expected = (logits.softmax(2) @ v).view(out.shape)
+            difference += (out - expected).square().sum().item()
+            norm += expected.square().sum().item()
+        return (difference / norm)**0.5
+
+    def time(self, flush, reps):
+        """Microseconds of each repetition."""
+        times = []
+        for i in range(-WARM_UPS, reps):
+            if flush is not None:
+                flush.zero_()
+            torch.cuda.synchronize()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HOLD_CYCLES)
+            begin.record()
+            self.graph.replay()
+            end.record()
+            end.synchronize()
+            if i >= 0:
+                times.append(begin.elapsed_time(end) * 1e3)
+        return times
+
+
+def measure_decode(args, common):
+    """Prints the lines of decoding."""
+    if args.check:
+        error = DecodeStep(3, 2048, args).relative_l2()
+        print(f"relative L2 against fp64, 3 x 2048 cached: {error:.2e}", file=sys.stderr,
+              flush=True)
+        if not error <= 6e-3:
+            sys.exit("dense_attention: wrong result")
+    flush = None if args.no_flush else torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    for cached in map(int, args.cached.split(",")):
+        for batch in map(int, args.batch.split(",")):
+            line = {**common, "flush": flush is not None, "cached": cached, "batch": batch}
+            try:
+                times = DecodeStep(batch, cached, args).time(flush, args.reps)
+                median = statistics.median(times)
+                line.update({
+                    "median_us": round(median, 4), "min_us": round(min(times), 4),
+                    "max_us": round(max(times), 4), "reps": len(times),
+                    "tokens_per_s": round(batch / median * 1e6, 4),
+                    "dense_bytes": batch * cached * args.kv_heads * (args.dim_qk + args.dim_v) * 2})
+            except torch.OutOfMemoryError as no_room:
+                line["skipped"] = str(no_room)
+            torch.cuda.empty_cache()
+            print(json.dumps(line), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", default="8192", help="of the global sequence, e.g. 8192,65536")
     parser.add_argument("--pass", dest="name", default="forward",
-                        choices=("forward", "backward", "step"))
+                        choices=("forward", "backward", "step", "decode"))
+    parser.add_argument("--cached", default="16384,65536,262144,1048576", help="of decode")
+    parser.add_argument("--batch", default="1,8,32", help="of decode: sequences")
+    parser.add_argument("--no_flush", action="store_true", help="of decode: leave the L2 alone")
     parser.add_argument("--q_heads", type=int, default=64)
     parser.add_argument("--kv_heads", type=int, default=4)
     parser.add_argument("--dim_qk", type=int, default=128)
@@ -251,6 +341,16 @@ def main():
     torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group("nccl", device_id=torch.device("cuda", device))
+
+    common = {
+        "implementation": "dense", "pass": args.name, "gpu": torch.cuda.get_device_name(),
+        "gpus": size, "q_heads": args.q_heads, "kv_heads": args.kv_heads, "dim_qk": args.dim_qk,
+        "dim_v": args.dim_v, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
+    if args.name == "decode":
+        if size > 1:
+            sys.exit("--pass decode: must run on one GPU")
+        measure_decode(args, common)
+        return
 
     def make_values(tokens):
         torch.manual_seed(1)
@@ -271,10 +371,7 @@ def main():
         if dist.is_initialized() and dist.get_rank() > 0:
             continue
         print(json.dumps({
-            "implementation": "dense", "pass": args.name, "gpu": torch.cuda.get_device_name(), "gpus": size,
-            "q_heads": args.q_heads, "kv_heads": args.kv_heads, "dim_qk": args.dim_qk,
-            "dim_v": args.dim_v, "sharding": "zigzag", "torch": torch.__version__,
-            "cudnn": torch.backends.cudnn.version(), "tokens": tokens,
+            **common, "sharding": "zigzag", "tokens": tokens,
             "median_ms": round(statistics.median(times), 4), "min_ms": round(min(times), 4),
             "max_ms": round(max(times), 4),
             "reps": len(times), "peak_memory_mib": used_mib}), flush=True)
