@@ -38,6 +38,7 @@ ABSL_FLAG(std::vector<std::string>, tokens, {"8192"}, "tokens of the global sequ
 ABSL_FLAG(std::string, pass, "forward", "forward, backward, or step: both");
 ABSL_FLAG(std::string, sharding, "zigzag", "see ShardPlan::Parse");
 ABSL_FLAG(int, reps, 10, "timed calls, after 3 that are not timed; at least 1");
+ABSL_FLAG(int64_t, fetch_budget_mib, 1024, "EngineOptions::fetch_budget_bytes");
 ABSL_FLAG(bool, agree, false, "EngineOptions::agree_in_every_call");
 ABSL_FLAG(bool, check, false, "compare o with the CPU kernels' on one rank");
 
@@ -277,6 +278,7 @@ absl::Status MeasureStep(Bench& bench, Pass& pass, const CallerTensors& tensors,
 absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
   EngineOptions options = {.config = ConfigOfFlags()};
   options.agree_in_every_call = absl::GetFlag(FLAGS_agree);
+  options.fetch_budget_bytes = absl::GetFlag(FLAGS_fetch_budget_mib) << 20;
   auto plan = ShardPlan::Parse(absl::GetFlag(FLAGS_sharding), tokens, bench.communicator->size());
   if (!plan.ok()) return plan.status();
   options.has_backward = Trains();
@@ -287,6 +289,7 @@ absl::Status MeasureLength(Bench& bench, const Json& heading, int64_t tokens) {
   Json line = heading;
   line["tokens"] = tokens;
   line["agree_in_every_call"] = options.agree_in_every_call;
+  line["fetch_budget_mib"] = options.fetch_budget_bytes >> 20;
   {
     auto pass = Pass::Create(bench, options, *plan, *tensors);
     if (!pass.ok()) return pass.status();
