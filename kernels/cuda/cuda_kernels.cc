@@ -8,6 +8,7 @@
 
 #include "absl/memory/memory.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/decode_work.h"
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/dispatch.h"
 #include "kernels/cuda/record_layout.h"
@@ -326,6 +327,45 @@ absl::Status CudaKernels::AddRows(const AddRowsParams& params, void* stream) {
 absl::Status CudaKernels::StoreGradient(const StoreGradientParams& params, void* stream) {
   const cuda::ScopedDevice scope(device_);
   return First({scope.status(), Enqueue(cuda::kStoreGradient, params, properties_, stream)});
+}
+
+int64_t CudaKernels::DecodeScratchBytes(const AttentionDims& dims,
+                                        const DecodeLimits& limits) const {
+  return limits.num_rows * dims.num_kv_heads *
+         cuda::MakeDecodeScratch(dims, limits.max_tokens).bytes;
+}
+
+absl::Status CudaKernels::AppendTokens(const AppendTokensParams& params, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  const absl::Status status = First(
+      {scope.status(), CheckAligned("slc.k", params.slc.k), CheckAligned("slc.v", params.slc.v),
+       CheckAligned("win.k", params.win.k), CheckAligned("win.v", params.win.v),
+       CheckAligned("cmp.k", params.cmp.k), CheckAligned("cmp.v", params.cmp.v),
+       CheckAligned("weights_k", params.weights_k), CheckAligned("weights_v", params.weights_v)});
+  if (!status.ok()) return status;
+  return Enqueue(cuda::kAppendTokens, params, params.dims, properties_, stream);
+}
+
+absl::Status CudaKernels::DecodeSelect(const DecodeSelectParams& params, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  const absl::Status status =
+      First({scope.status(), CheckAligned("q", params.q), CheckAligned("o_cmp", params.o_cmp)});
+  if (!status.ok()) return status;
+  return Enqueue(cuda::kDecodeSelect, params, params.dims, properties_, stream);
+}
+
+absl::Status CudaKernels::DecodeAttend(const DecodeAttendParams& params, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  const absl::Status status =
+      First({scope.status(), CheckAligned("q", params.q), CheckAligned("o", params.o),
+             CheckAligned("o_slc", params.o_slc), CheckAligned("o_win", params.o_win)});
+  if (!status.ok()) return status;
+  return Enqueue(cuda::kDecodeAttend, params, params.dims, properties_, stream);
+}
+
+absl::Status CudaKernels::CopyPieces(const CopyPiecesParams& params, void* stream) {
+  const cuda::ScopedDevice scope(device_);
+  return First({scope.status(), Enqueue(cuda::kCopyPieces, params, properties_, stream)});
 }
 
 }  // namespace nsa::kernels

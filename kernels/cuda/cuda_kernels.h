@@ -90,6 +90,12 @@ class CudaKernels : public Kernels {
   absl::Status AddRows(const AddRowsParams& params, void* stream) override;
   absl::Status StoreGradient(const StoreGradientParams& params, void* stream) override;
 
+  int64_t DecodeScratchBytes(const AttentionDims& dims, const DecodeLimits& limits) const override;
+  absl::Status AppendTokens(const AppendTokensParams& params, void* stream) override;
+  absl::Status DecodeSelect(const DecodeSelectParams& params, void* stream) override;
+  absl::Status DecodeAttend(const DecodeAttendParams& params, void* stream) override;
+  absl::Status CopyPieces(const CopyPiecesParams& params, void* stream) override;
+
  private:
   CudaKernels(int device, const cuda::Device& properties)
       : device_(device), properties_(properties) {}

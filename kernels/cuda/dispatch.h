@@ -10,8 +10,10 @@
 
 #include "kernels/backward_params.h"
 #include "kernels/cuda/attend_backward.h"
+#include "kernels/cuda/decode.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/score_select.h"
+#include "kernels/decode_params.h"
 #include "kernels/params.h"
 
 namespace nsa::kernels::cuda {
@@ -60,6 +62,15 @@ inline constexpr Stage<AddIndexedRowsParams> kAddIndexedRows = {"AddIndexedRows"
                                                                 LaunchAddIndexedRows};
 inline constexpr Stage<AddRowsParams> kAddRows = {"AddRows", LaunchAddRows};
 inline constexpr Stage<StoreGradientParams> kStoreGradient = {"StoreGradient", LaunchStoreGradient};
+
+constexpr bool ServesAll(const AttentionDims&) { return true; }
+inline constexpr Stage<AppendTokensParams> kAppendTokens = {"AppendTokens", LaunchAppendTokensAny,
+                                                            LaunchAppendTokensFast, ServesAll};
+inline constexpr Stage<DecodeSelectParams> kDecodeSelect = {"DecodeSelect", LaunchDecodeSelectAny,
+                                                            LaunchDecodeSelectFast, ServesAll};
+inline constexpr Stage<DecodeAttendParams> kDecodeAttend = {"DecodeAttend", LaunchDecodeAttendAny,
+                                                            LaunchDecodeAttendFast, ServesAll};
+inline constexpr Stage<CopyPiecesParams> kCopyPieces = {"CopyPieces", LaunchCopyPieces};
 
 }  // namespace nsa::kernels::cuda
 

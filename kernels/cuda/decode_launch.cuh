@@ -1,0 +1,93 @@
+// Launches of the kernels of decoding. kOverlaps: each kernel of a step but the first is launched
+// while the one before still runs (compute capability 9.0 and up), to look up its work meanwhile.
+#ifndef KERNELS_CUDA_DECODE_LAUNCH_CUH_
+#define KERNELS_CUDA_DECODE_LAUNCH_CUH_
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/cuda/decode_append.cuh"
+#include "kernels/cuda/decode_attend.cuh"
+#include "kernels/cuda/decode_select.cuh"
+#include "kernels/cuda/decode.h"
+
+namespace nsa::kernels::cuda {
+
+// `overlaps`: the kernel may start as soon as all CTAs of the one before have said so; it waits
+// itself for what that one writes.
+template <class... Params>
+cudaError_t LaunchAfter(bool overlaps, void (*kernel)(Params...), dim3 grid, int threads,
+                        int shared_bytes, cudaStream_t stream, const Params&... params) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlaps ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params...);
+}
+
+template <bool kOverlaps>
+cudaError_t LaunchAppendTokens(const AppendTokensParams& params, cudaStream_t stream) {
+  if (params.num_rows == 0) return cudaSuccess;
+  const auto rows = static_cast<unsigned>(params.num_rows);
+  const auto kv_heads = static_cast<unsigned>(params.dims.num_kv_heads);
+  const cudaError_t error =
+      LaunchAfter<AppendTokensParams>(false, AppendTokensKernel<kOverlaps>, dim3(rows, kv_heads),
+                                      kAppendThreads, 0, stream, params);
+  const bool has_matrix =
+      params.compressor == Compressor::kLinear || params.compressor == Compressor::kMlp;
+  if (error != cudaSuccess || !params.compresses || !has_matrix) return error;
+  return LaunchAfter<AppendTokensParams>(kOverlaps, AppendMatrixSummariesKernel<kOverlaps>,
+                                         dim3(rows, kv_heads, 2), kAppendThreads, 0, stream,
+                                         params);
+}
+
+template <class T, bool kOverlaps>
+cudaError_t LaunchDecodeSelectOf(const DecodeSelectParams& params, const Device& device,
+                                 cudaStream_t stream) {
+  const AttentionDims& dims = params.dims;
+  const int64_t last = params.max_tokens - 1;
+  const int64_t most_parts =
+      std::clamp(SummaryKeys(dims, last).num_tiles(), 1, kMaxDecodeParts) +
+      std::min((dims.window_tokens + 15 + kDecodeTileKeys - 1) / kDecodeTileKeys, kMaxDecodeParts);
+  const int64_t most_items = params.num_rows * dims.num_kv_heads * NumHeadTiles(dims) * most_parts;
+  const auto ctas = static_cast<unsigned>(
+      std::min<int64_t>(most_items, int64_t{device.num_sms} * kDecodeSelectCtas));
+  return LaunchAfter<DecodeSelectParams, DecodeScratch>(
+      kOverlaps, DecodeSelectKernel<T, kOverlaps>, dim3(ctas), kDecodeThreads,
+      DecodeShared::Bytes(dims), stream, params, MakeDecodeScratch(dims, params.max_tokens));
+}
+
+template <bool kOverlaps>
+cudaError_t LaunchDecodeSelect(const DecodeSelectParams& params, const Device& device,
+                               cudaStream_t stream) {
+  if (params.num_rows == 0) return cudaSuccess;
+  return params.dims.dtype == DType::kBF16
+             ? LaunchDecodeSelectOf<__nv_bfloat16, kOverlaps>(params, device, stream)
+             : LaunchDecodeSelectOf<__half, kOverlaps>(params, device, stream);
+}
+
+template <bool kOverlaps>
+cudaError_t LaunchDecodeAttend(const DecodeAttendParams& params, cudaStream_t stream) {
+  if (params.num_rows == 0) return cudaSuccess;
+  const AttentionDims& dims = params.dims;
+  const dim3 grid(AttendItems(dims), dims.num_kv_heads * NumHeadTiles(dims),
+                  static_cast<unsigned>(params.num_rows));
+  const auto kernel = dims.dtype == DType::kBF16 ? DecodeAttendKernel<__nv_bfloat16, kOverlaps>
+                                                 : DecodeAttendKernel<__half, kOverlaps>;
+  return LaunchAfter<DecodeAttendParams, DecodeScratch>(kOverlaps, kernel, grid, kDecodeThreads,
+                                                        DecodeShared::Bytes(dims), stream, params,
+                                                        MakeDecodeScratch(dims, params.max_tokens));
+}
+
+}  // namespace nsa::kernels::cuda
+
+#endif  // KERNELS_CUDA_DECODE_LAUNCH_CUH_

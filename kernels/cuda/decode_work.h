@@ -1,0 +1,133 @@
+// How a step of decoding is cut into work for CTAs, and how its scratch is laid out.
+//
+// What a query attends to in one branch are its keys, counted from 0: summaries; tokens of the
+// selected blocks, in the order of the list; tokens of the window, from a multiple of 16 on. They
+// are cut into tiles of 128 keys, and tiles into parts, by the query's position alone, so that no
+// result depends on the rows beside it. A CTA takes 16 heads over one part.
+#ifndef KERNELS_CUDA_DECODE_WORK_H_
+#define KERNELS_CUDA_DECODE_WORK_H_
+
+#include <cstdint>
+
+#include "kernels/cuda/record_layout.h"
+#include "kernels/decode_params.h"
+
+namespace nsa::kernels::cuda {
+
+constexpr int32_t kDecodeTileKeys = 128;
+constexpr int32_t kDecodeTileHeads = 16;
+// Parts of a branch: their results are read by one CTA, so there are not too many of them.
+constexpr int32_t kMaxDecodeParts = 64;
+// CTAs that merge the parts of the compressed branch, of 4 of 16 heads each: one alone would take
+// longer than the selected blocks.
+constexpr int32_t kMergeParts = 4;
+
+// Keys [begin, end) of a query in one branch, as tiles and parts. begin < 16.
+struct DecodeKeys {
+  int32_t begin = 0;
+  int32_t end = 0;
+
+  constexpr int32_t num_tiles() const { return (end + kDecodeTileKeys - 1) / kDecodeTileKeys; }
+  constexpr int32_t tiles_per_part() const {
+    return (num_tiles() + kMaxDecodeParts - 1) / kMaxDecodeParts;
+  }
+  constexpr int32_t num_parts() const {
+    return end == 0 ? 0 : (num_tiles() + tiles_per_part() - 1) / tiles_per_part();
+  }
+};
+
+// Of 16 heads.
+constexpr int32_t NumHeadTiles(const AttentionDims& dims) {
+  return (dims.num_q_heads / dims.num_kv_heads + kDecodeTileHeads - 1) / kDecodeTileHeads;
+}
+
+// Blocks that the query at `position` may select, its own the last.
+constexpr int32_t NumCandidates(const AttentionDims& dims, int64_t position) {
+  return static_cast<int32_t>(position / dims.select_block_tokens) + 1;
+}
+
+constexpr DecodeKeys SummaryKeys(const AttentionDims& dims, int64_t position) {
+  const int64_t behind = position + 1 - dims.compress_block_tokens;
+  return {0, behind < 0 ? 0 : static_cast<int32_t>(behind / dims.compress_stride_tokens) + 1};
+}
+
+// Lists end with the query's own block, which counts up to the query's token.
+constexpr DecodeKeys SelectedKeys(const AttentionDims& dims, int64_t position) {
+  const int32_t candidates = NumCandidates(dims, position);
+  const int32_t picks =
+      candidates < dims.num_selected_blocks ? candidates : dims.num_selected_blocks;
+  return {0, (picks - 1) * dims.select_block_tokens +
+                 static_cast<int32_t>(position % dims.select_block_tokens) + 1};
+}
+
+// The token that key 0 of the window is.
+constexpr int64_t WindowOrigin(const AttentionDims& dims, int64_t position) {
+  const int64_t first = position + 1 - dims.window_tokens;
+  return first < 0 ? 0 : first / 16 * 16;
+}
+
+constexpr DecodeKeys WindowKeys(const AttentionDims& dims, int64_t position) {
+  const int64_t origin = WindowOrigin(dims, position), first = position + 1 - dims.window_tokens;
+  return {first < 0 ? 0 : static_cast<int32_t>(first - origin),
+          static_cast<int32_t>(position + 1 - origin)};
+}
+
+// Where the results of the parts of a branch lie, in bytes from the start of a (row, kv head)'s
+// scratch. Heads are padded to whole head tiles.
+struct DecodePartsLayout {
+  int64_t stats;  // [parts,heads] (max, sum): of scale * q.k in units of log2; of 2^(that - max)
+  int64_t o;      // [parts,heads,Dv] f32, to be divided by the sum
+};
+
+// The scratch of a (row, kv head); that of a row does not move with the number of rows. Counters
+// are zero before and after each kernel.
+struct DecodeScratch {
+  int32_t num_heads;        // of the group, padded
+  int32_t blocks_per_tile;  // select blocks that the summaries of one tile can reach
+  int64_t counters;         // int32 [1 + head tiles]: arrivals of DecodeSelect, of DecodeAttend
+  int64_t tile_max;         // [tiles,heads] f32, the maximum that `reach` is relative to
+  int64_t reach;            // [tiles,blocks_per_tile,heads] f32, sums of 2^(s - max) by block
+  int64_t scores;           // [blocks] f32
+  DecodePartsLayout cmp, slc, win;
+  int64_t merged;  // [heads,Dv] f32, o_cmp
+  int64_t bytes;   // of all
+};
+
+constexpr DecodeScratch MakeDecodeScratch(const AttentionDims& dims, int64_t max_tokens) {
+  constexpr int64_t kAlignment = 256;
+  DecodeScratch s{};
+  s.num_heads = NumHeadTiles(dims) * kDecodeTileHeads;
+  const int32_t strides = dims.select_block_tokens / dims.compress_stride_tokens;
+  const int32_t reach = dims.compress_block_tokens / dims.compress_stride_tokens;
+  s.blocks_per_tile = (kDecodeTileKeys + reach - 2) / strides + 2;
+
+  int64_t offset = 0;
+  const auto take = [&](int64_t num_bytes) {
+    const int64_t begin = offset;
+    offset += (num_bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return begin;
+  };
+  const auto take_parts = [&](int64_t max_keys) {
+    const int64_t tiles = (max_keys + kDecodeTileKeys - 1) / kDecodeTileKeys;
+    const int64_t parts = tiles < kMaxDecodeParts ? tiles : kMaxDecodeParts;
+    const int64_t stats = take(parts * s.num_heads * 8);
+    return DecodePartsLayout{stats, take(parts * s.num_heads * dims.head_dim_v * 4)};
+  };
+  const int64_t last = max_tokens > 0 ? max_tokens - 1 : 0;
+  const int64_t summaries = SummaryKeys(dims, last).end;
+  const int64_t tiles = (summaries + kDecodeTileKeys - 1) / kDecodeTileKeys;
+  s.counters = take((1 + NumHeadTiles(dims)) * 4);
+  s.tile_max = take(tiles * s.num_heads * 4);
+  s.reach = take(tiles * s.blocks_per_tile * s.num_heads * 4);
+  s.scores = take(int64_t{NumCandidates(dims, last)} * 4);
+  s.cmp = take_parts(summaries);
+  s.slc = take_parts(int64_t{dims.num_selected_blocks} * dims.select_block_tokens);
+  s.win = take_parts(int64_t{dims.window_tokens} + 15);
+  s.merged = take(int64_t{s.num_heads} * dims.head_dim_v * 4);
+  s.bytes = offset;
+  return s;
+}
+
+}  // namespace nsa::kernels::cuda
+
+#endif  // KERNELS_CUDA_DECODE_WORK_H_
