@@ -25,8 +25,8 @@ absl::Status CheckOptions(const ServiceOptions& options) {
                                                    ": must be f32 or ",
                                                    NameOf(options.cache.dtype)));
   }
-  for (const auto& [name, value] : {std::pair("max_queued", options.max_queued),
-                                    std::pair("max_unread", options.max_unread)}) {
+  for (const auto& [name, value] :
+       {std::pair("max_queued", options.max_queued), std::pair("max_unread", options.max_unread)}) {
     if (value < 1) {
       return absl::InvalidArgumentError(absl::StrCat(name, " = ", value, ": must be at least 1"));
     }
@@ -86,8 +86,7 @@ class ClientImpl : public Client {
     if (absl::Status status = serving::CheckDecodeRequest(core_->options, request); !status.ok()) {
       return core_->queue.Refuse(std::move(status));
     }
-    Request work = {
-        .sequence = request.sequence, .deadline = request.deadline, .decode = request};
+    Request work = {.sequence = request.sequence, .deadline = request.deadline, .decode = request};
     if (serving::AppendsOnly(request)) {
       work.kind = Request::Kind::kFunction;
       work.function = [sequence = request.sequence, kv = request.inputs.kv](KvCache& cache) {
@@ -230,8 +229,7 @@ absl::StatusOr<std::unique_ptr<Service>> Service::Create(
   auto core = std::make_shared<Core>(options);
   auto worker = std::make_unique<serving::ServiceWorker>(
       std::move(cache), communicator, kernels, std::move(buffers), std::move(stream), &core->queue);
-  return std::make_unique<ServiceImpl>(std::move(core), std::move(communicator),
-                                       std::move(worker));
+  return std::make_unique<ServiceImpl>(std::move(core), std::move(communicator), std::move(worker));
 }
 
 }  // namespace nsa

@@ -46,15 +46,14 @@ std::string FormatMetrics(const ServiceStats& stats) {
   for (int state = 0; state < ServiceHealth::State_ARRAYSIZE; ++state) {
     page.Sample(
         int{stats.health().state() == state},
-        absl::StrCat("state=\"", ServiceHealth::State_Name(static_cast<ServiceHealth::State>(state)),
-                     "\""));
+        absl::StrCat("state=\"",
+                     ServiceHealth::State_Name(static_cast<ServiceHealth::State>(state)), "\""));
   }
   page.Gauge("clients", "Clients that are connected.", stats.clients());
   page.Gauge("queue_depth", "Requests that have not begun.", stats.queue_depth());
   page.Head("requests_total", "counter", "Requests that have ended, by status code.");
-  for (const auto& [code, count] :
-       std::map<std::string, int64_t>(stats.requests_by_code().begin(),
-                                      stats.requests_by_code().end())) {
+  for (const auto& [code, count] : std::map<std::string, int64_t>(stats.requests_by_code().begin(),
+                                                                  stats.requests_by_code().end())) {
     page.Sample(count, absl::StrCat("code=\"", code, "\""));
   }
 

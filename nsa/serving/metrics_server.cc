@@ -36,7 +36,7 @@ class MetricsServerImpl : public MetricsServer {
   absl::Status Listen(int port) {
     // Else two servers may share a port, and each gets some of the requests.
     server_.set_socket_options([](int) {});
-    port_ = port == 0 ? server_.bind_to_any_port(kHost)
+    port_ = port == 0                           ? server_.bind_to_any_port(kHost)
             : server_.bind_to_port(kHost, port) ? port
                                                 : -1;
     if (port_ < 0) {

@@ -43,7 +43,8 @@ void RequestQueue::Disconnect(const std::shared_ptr<ClientState>& client) {
     it = queue_.erase(it);
     End(*request, absl::CancelledError("the client went away"));
   }
-  AwaitUntil(mu_, [&] { return client->num_pending == 0; }, absl::InfiniteFuture());
+  AwaitUntil(
+      mu_, [&] { return client->num_pending == 0; }, absl::InfiniteFuture());
 
   std::vector<RequestPtr> closings;
   for (const auto& [sequence, owner] : owners_) {
@@ -117,8 +118,8 @@ absl::Status RequestQueue::Drain(absl::Time deadline) {
     return queue_.empty() && num_in_work_ == 0;
   };
   if (AwaitUntil(mu_, is_empty, deadline)) return absl::OkStatus();
-  return absl::DeadlineExceededError(absl::StrCat("requests left: ", queue_.size(),
-                                                  " in the queue, ", num_in_work_, " in work"));
+  return absl::DeadlineExceededError(
+      absl::StrCat("requests left: ", queue_.size(), " in the queue, ", num_in_work_, " in work"));
 }
 
 void RequestQueue::Stop() {
@@ -250,9 +251,9 @@ absl::Status RequestQueue::Admit(const ClientState& client, const Request& reque
   }
   const int64_t num_unread = client.num_pending + static_cast<int64_t>(client.results.size());
   if (!request.has_waiter && num_unread >= max_unread_) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("the client has ", client.results.size(), " results to read and ",
-                     client.num_pending, " to come: max_unread = ", max_unread_));
+    return absl::ResourceExhaustedError(absl::StrCat("the client has ", client.results.size(),
+                                                     " results to read and ", client.num_pending,
+                                                     " to come: max_unread = ", max_unread_));
   }
   return absl::OkStatus();
 }

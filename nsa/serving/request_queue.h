@@ -48,7 +48,7 @@ struct Request {
   // The queue's own.
   RequestId id = 0;  // in order of submission
   std::shared_ptr<ClientState> client = nullptr;
-  bool has_waiter = false;  // else the result is one of the client's
+  bool has_waiter = false;                            // else the result is one of the client's
   std::optional<absl::Status> status = std::nullopt;  // for the waiter
 };
 using RequestPtr = std::shared_ptr<Request>;

@@ -66,9 +66,9 @@ void ServiceWorker::Run() {
 ServiceWorker::Plan ServiceWorker::Agree(const Round& round) {
   Plan plan = {round.stops, round.collective != nullptr, !round.batch.empty()};
   if (!in_step_with_ranks_) return plan;
-  const char mine = static_cast<char>((plan.stops ? kStops : 0) |
-                                      (plan.collective ? kHasCollective : 0) |
-                                      (plan.step ? kHasBatch : 0));
+  const char mine =
+      static_cast<char>((plan.stops ? kStops : 0) | (plan.collective ? kHasCollective : 0) |
+                        (plan.step ? kHasBatch : 0));
   auto all = communicator_->HostAllGather(absl::string_view(&mine, 1));
   if (!all.ok()) {
     in_step_with_ranks_ = false;  // the cache's Check knows what is lost; the rest goes on
@@ -130,8 +130,8 @@ absl::Status ServiceWorker::PlanAndRun(const std::vector<RequestPtr>& batch) {
 void ServiceWorker::SortOut(const std::vector<RequestPtr>& batch, const absl::Status& error) {
   std::vector<RequestPtr> rest;
   for (const RequestPtr& request : batch) {
-    const absl::Status own = cache_->Check(
-        {request->sequence, static_cast<int32_t>(NumTokens(request->decode))});
+    const absl::Status own =
+        cache_->Check({request->sequence, static_cast<int32_t>(NumTokens(request->decode))});
     if (own.ok()) {
       rest.push_back(request);
     } else {

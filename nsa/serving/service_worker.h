@@ -56,7 +56,8 @@ class ServiceWorker {
   RequestQueue* const queue_;
   // Whether ranks go round together, which ends when one is lost.
   bool in_step_with_ranks_;
-  int64_t max_batch_;  // sequences; fewer after a step that failed and no one knows whose fault it is
+  int64_t
+      max_batch_;  // sequences; fewer after a step that failed and no one knows whose fault it is
 
   absl::Mutex mu_;
   ServiceStats stats_ ABSL_GUARDED_BY(mu_);

@@ -9,7 +9,7 @@
 namespace nsa::serving {
 namespace {
 
-constexpr int64_t kPieceBytes = 16;    // that CopyPieces copies in
+constexpr int64_t kPieceBytes = 16;  // that CopyPieces copies in
 constexpr int64_t kAlignBytes = 256;
 constexpr int64_t kMaxNewTokens = 64;  // of a sequence in a step
 
@@ -39,8 +39,8 @@ absl::Status CheckRows(absl::string_view name, const ConstTensor& tensor, DType 
     return status;
   }
   if (heads > 1 && tensor.strides[1] != dim) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        name, ".strides[1] = ", tensor.strides[1], ": must be ", dim, ", a token's row is dense"));
+    return absl::InvalidArgumentError(absl::StrCat(name, ".strides[1] = ", tensor.strides[1],
+                                                   ": must be ", dim, ", a token's row is dense"));
   }
   if (num_tokens > 1 && tensor.strides[0] * SizeOf(dtype) % kPieceBytes != 0) {
     return absl::InvalidArgumentError(absl::StrCat(name, ".strides[0] = ", tensor.strides[0],
@@ -68,12 +68,11 @@ int64_t NumTokens(const DecodeRequest& request) {
 absl::Status CheckDecodeRequest(const ServiceOptions& options, const DecodeRequest& request) {
   const bool appends_only = AppendsOnly(request);
   const int64_t num_tokens = NumTokens(request);
-  const int64_t most = appends_only
-                           ? options.cache.max_tokens
-                           : std::min<int64_t>(kMaxNewTokens, options.cache.max_step_rows);
+  const int64_t most = appends_only ? options.cache.max_tokens
+                                    : std::min<int64_t>(kMaxNewTokens, options.cache.max_step_rows);
   if (num_tokens < 1 || num_tokens > most) {
-    return absl::InvalidArgumentError(absl::StrCat("k_slc.shape[0] = ", num_tokens,
-                                                   ": new tokens must be 1 to ", most));
+    return absl::InvalidArgumentError(
+        absl::StrCat("k_slc.shape[0] = ", num_tokens, ": new tokens must be 1 to ", most));
   }
   absl::Status status;
   ForEachTensor(options, request.inputs,
@@ -90,8 +89,8 @@ absl::Status CheckDecodeRequest(const ServiceOptions& options, const DecodeReque
 
 absl::StatusOr<std::unique_ptr<StepBuffers>> StepBuffers::Create(
     const ServiceOptions& options, std::shared_ptr<kernels::Kernels> kernels) {
-  const int64_t gate_bytes = int64_t{options.cache.config.num_q_heads} * 3 *
-                             SizeOf(options.gate_dtype);
+  const int64_t gate_bytes =
+      int64_t{options.cache.config.num_q_heads} * 3 * SizeOf(options.gate_dtype);
   if (gate_bytes % kPieceBytes != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("num_q_heads = ", options.cache.config.num_q_heads, ": a token's gates, ",
