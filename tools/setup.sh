@@ -7,7 +7,7 @@ packages=(
   # the build itself
   g++ git python3 bazel-bootstrap bazel-rules-java bazel-rules-proto bazel-skylib bazel-platforms
   # libraries
-  libabsl-dev libprotobuf-dev protobuf-compiler zlib1g-dev libhwy-dev nlohmann-json3-dev
+  libabsl-dev libprotobuf-dev protobuf-compiler zlib1g-dev libhwy-dev nlohmann-json3-dev libcpp-httplib-dev
   libgtest-dev libgmock-dev libbenchmark-dev
   # transports and starting ranks
   libucx-dev libopenmpi-dev openmpi-bin iproute2

@@ -119,6 +119,18 @@ def _system_packages():
             requires = [lib + "libhwy.so"],
             files = {"BUILD.bazel": _HEADER + _library("hwy", ["-lhwy", "-Wl,-rpath,$$ORIGIN"])},
         ),
+        # Debian compiles it as a library, with these features, which must be asked for alike.
+        "cpp_httplib": dict(
+            requires = ["/usr/include/httplib.h", lib + "libcpp-httplib.so"],
+            files = {"BUILD.bazel": _HEADER + _library(
+                "httplib",
+                ["-lcpp-httplib", "-Wl,-rpath,$$ORIGIN", "-lpthread"],
+                "    defines = [%s],\n" % ", ".join([
+                    "\"CPPHTTPLIB_%s_SUPPORT\"" % name
+                    for name in ["OPENSSL", "ZLIB", "BROTLI"]
+                ]),
+            )},
+        ),
         "nlohmann_json": dict(
             requires = ["/usr/include/nlohmann/json.hpp"],
             files = {"BUILD.bazel": _HEADER + _library("json")},

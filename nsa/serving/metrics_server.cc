@@ -1,0 +1,67 @@
+#include "nsa/serving/metrics_server.h"
+
+#include <httplib.h>
+
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+
+namespace nsa::serving {
+namespace {
+
+constexpr char kHost[] = "127.0.0.1";
+
+class MetricsServerImpl : public MetricsServer {
+ public:
+  explicit MetricsServerImpl(Service& service) {
+    server_.new_task_queue = [] { return new httplib::ThreadPool(1); };
+    server_.Get("/metrics", [&service](const httplib::Request&, httplib::Response& response) {
+      response.set_content(service.MetricsText(), "text/plain; version=0.0.4; charset=utf-8");
+    });
+    server_.Get("/healthz", [&service](const httplib::Request&, httplib::Response& response) {
+      const ServiceHealth health = service.Health();
+      response.status = health.state() == ServiceHealth::SERVING ? 200 : 503;
+      response.set_content(
+          absl::StrCat(ServiceHealth::State_Name(health.state()), "\n", health.reason()),
+          "text/plain; charset=utf-8");
+    });
+  }
+  ~MetricsServerImpl() override {
+    server_.stop();
+    if (thread_.joinable()) thread_.join();
+  }
+
+  absl::Status Listen(int port) {
+    // Else two servers may share a port, and each gets some of the requests.
+    server_.set_socket_options([](int) {});
+    port_ = port == 0                           ? server_.bind_to_any_port(kHost)
+            : server_.bind_to_port(kHost, port) ? port
+                                                : -1;
+    if (port_ < 0) {
+      return absl::UnavailableError(absl::StrCat("can't listen on ", kHost, ":", port));
+    }
+    thread_ = std::thread([this] { server_.listen_after_bind(); });
+    // It can be stopped only once it runs.
+    while (!server_.is_running()) absl::SleepFor(absl::Milliseconds(1));
+    return absl::OkStatus();
+  }
+
+  int port() const override { return port_; }
+
+ private:
+  httplib::Server server_;
+  std::thread thread_;
+  int port_ = -1;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<MetricsServer>> MetricsServer::Start(Service& service, int port) {
+  auto server = std::make_unique<MetricsServerImpl>(service);
+  if (absl::Status status = server->Listen(port); !status.ok()) return status;
+  return server;
+}
+
+}  // namespace nsa::serving
