@@ -113,22 +113,12 @@ class Kernels {
   virtual absl::Status StoreGradient(const StoreGradientParams& params, void* stream) = 0;
 
   // Decoding; see decode_params.h. DecodeScratchBytes: of a step within `limits`.
-  virtual int64_t DecodeScratchBytes(const AttentionDims& /*dims*/,
-                                     const DecodeLimits& /*limits*/) const {
-    return 0;
-  }
-  virtual absl::Status AppendTokens(const AppendTokensParams& /*params*/, void* /*stream*/) {
-    return absl::UnimplementedError("AppendTokens");
-  }
-  virtual absl::Status DecodeSelect(const DecodeSelectParams& /*params*/, void* /*stream*/) {
-    return absl::UnimplementedError("DecodeSelect");
-  }
-  virtual absl::Status DecodeAttend(const DecodeAttendParams& /*params*/, void* /*stream*/) {
-    return absl::UnimplementedError("DecodeAttend");
-  }
-  virtual absl::Status CopyPieces(const CopyPiecesParams& /*params*/, void* /*stream*/) {
-    return absl::UnimplementedError("CopyPieces");
-  }
+  virtual int64_t DecodeScratchBytes(const AttentionDims& dims,
+                                     const DecodeLimits& limits) const = 0;
+  virtual absl::Status AppendTokens(const AppendTokensParams& params, void* stream) = 0;
+  virtual absl::Status DecodeSelect(const DecodeSelectParams& params, void* stream) = 0;
+  virtual absl::Status DecodeAttend(const DecodeAttendParams& params, void* stream) = 0;
+  virtual absl::Status CopyPieces(const CopyPiecesParams& params, void* stream) = 0;
 };
 
 }  // namespace nsa::kernels

@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cuda/decode.h"
 #include "kernels/cuda/decode_append.cuh"
 #include "kernels/cuda/decode_attend.cuh"
 #include "kernels/cuda/decode_select.cuh"
-#include "kernels/cuda/decode.h"
 
 namespace nsa::kernels::cuda {
 

@@ -34,8 +34,7 @@ TEST_P(CudaServingProcessTest, RandomSchedulesEqualAPlainCopy) {
         [&](int rank) -> absl::Status {
           comm::NcclOptions options;
           options.use_windows = variant.is_reachable;
-          auto communicator =
-              comm::nccl::CreateOnThisHost(variant.name, rank, size, port, options);
+          auto communicator = comm::nccl::CreateOnThisHost(variant.name, rank, size, port, options);
           if (!communicator.ok()) return communicator.status();
           auto kernels = kernels::CudaKernels::Create({.device = rank});
           if (!kernels.ok()) return kernels.status();

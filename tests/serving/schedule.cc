@@ -55,9 +55,10 @@ class Rows {
     const reference::ReferenceConfig& c = universe.config;
     const EncodedInputs& in = universe.encoded;
     const DType dtype = universe.options.dtype;
-    const auto take = [&](const Bytes& from, DType type, int64_t heads, int64_t dim) -> ConstTensor {
-      auto tensor = LocalTensor::Create(kernels, type,
-                                        {static_cast<int64_t>(tokens.size()), heads, dim});
+    const auto take = [&](const Bytes& from, DType type, int64_t heads,
+                          int64_t dim) -> ConstTensor {
+      auto tensor =
+          LocalTensor::Create(kernels, type, {static_cast<int64_t>(tokens.size()), heads, dim});
       EXPECT_TRUE(tensor.ok() && tensor->Load(kernels, from.data(), tokens).ok());
       tensors_.push_back(*std::move(tensor));
       return tensors_.back().view();
@@ -91,13 +92,14 @@ class Params {
     const int64_t h = p.num_heads, f = p.hidden_width;
     const auto take = [&](const Bytes& bytes, Dims shape) -> ConstTensor {
       if (bytes.empty()) return {};
-      auto tensor = LocalTensor::Create(kernels, p.dtype, {1, static_cast<int64_t>(bytes.size()) / SizeOf(p.dtype)});
+      auto tensor = LocalTensor::Create(kernels, p.dtype,
+                                        {1, static_cast<int64_t>(bytes.size()) / SizeOf(p.dtype)});
       EXPECT_TRUE(tensor.ok() && tensor->Load(kernels, bytes.data(), {0}).ok());
       tensors_.push_back(*std::move(tensor));
       return ConstTensor(tensors_.back().view().data, p.dtype, std::move(shape));
     };
-    params = {take(p.weight, {h, l}),       take(p.pe, {h, l, dim}), take(p.w, {h, dim, l * dim}),
-              take(p.w1, {h, f, l * dim}),  take(p.b1, {h, f}),      take(p.w2, {h, dim, f}),
+    params = {take(p.weight, {h, l}),      take(p.pe, {h, l, dim}), take(p.w, {h, dim, l * dim}),
+              take(p.w1, {h, f, l * dim}), take(p.b1, {h, f}),      take(p.w2, {h, dim, f}),
               take(p.b2, {h, dim})};
   }
 
@@ -255,7 +257,8 @@ class RankRun {
     const auto num_rows = static_cast<int64_t>(all.size());
     const int64_t o_row = c.num_q_heads * c.head_dim_v,
                   picks = c.num_kv_heads * c.num_selected_blocks;
-    auto o = LocalTensor::Create(*kernels_, variant_.dtype, {num_rows, c.num_q_heads, c.head_dim_v});
+    auto o =
+        LocalTensor::Create(*kernels_, variant_.dtype, {num_rows, c.num_q_heads, c.head_dim_v});
     auto picked = LocalTensor::Create(*kernels_, DType::kF32, {num_rows, picks});
     ASSERT_TRUE(o.ok() && picked.ok());
     ASSERT_TRUE(o->Poison(*kernels_).ok());
@@ -269,8 +272,7 @@ class RankRun {
     std::vector<int64_t> every(num_rows);
     std::iota(every.begin(), every.end(), 0);
     ASSERT_TRUE(o->Store(*kernels_, bytes.data(), every).ok());
-    ASSERT_TRUE(
-        picked->Store(*kernels_, reinterpret_cast<std::byte*>(indices.data()), every).ok());
+    ASSERT_TRUE(picked->Store(*kernels_, reinterpret_cast<std::byte*>(indices.data()), every).ok());
     const std::vector<double> values = Decode(variant_.dtype, bytes);
     int64_t row = 0;
     for (size_t i = 0; i < batch.size(); ++i) {
