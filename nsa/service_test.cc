@@ -210,8 +210,8 @@ TEST_F(ServiceTest, AnUnknownSequenceFailsAlone) {
   }
   for (int i = 0; i < 2; ++i) {
     const auto result = client_->Next(kNever);
-    EXPECT_EQ(result->status.code(), result->id == bad_id ? absl::StatusCode::kNotFound
-                                                          : absl::StatusCode::kOk);
+    EXPECT_EQ(result->status.code(),
+              result->id == bad_id ? absl::StatusCode::kNotFound : absl::StatusCode::kOk);
   }
   EXPECT_TRUE(bad.is_untouched());
   EXPECT_EQ(good.o, AloneCache().Decode(Tokens(2), 2));
@@ -304,6 +304,7 @@ TEST_F(ServiceTest, AClientThatDoesNotReadIsRefusedAndNoOther) {
   EXPECT_EQ(NumTokens(sequence), 3);  // control requests have no results to read
   EXPECT_TRUE(client_->Next(kNever)->status.ok());
   EXPECT_TRUE(client_->Submit(a.request).ok());
+  client_.reset();  // before what the request refers to
 }
 
 TEST_F(ServiceTest, DeadlinesPassInTheQueue) {
@@ -465,9 +466,8 @@ void OnTwoRanks(bool is_reachable,
 }
 
 class TwoRanks : public testing::TestWithParam<bool> {};
-INSTANTIATE_TEST_SUITE_P(Caches, TwoRanks, testing::Bool(), [](const auto& info) {
-  return info.param ? "Reachable" : "Fetched";
-});
+INSTANTIATE_TEST_SUITE_P(Caches, TwoRanks, testing::Bool(),
+                         [](const auto& info) { return info.param ? "Reachable" : "Fetched"; });
 
 TEST_P(TwoRanks, ServeOneOfThemAlone) {
   OnTwoRanks(GetParam(), [](int rank, Service& service, comm::Communicator&) {
@@ -489,7 +489,8 @@ TEST_P(TwoRanks, TakeAShardedForward) {
     auto client = *service.Connect();
     const std::vector<int64_t> tokens = Tokens(150);
     const SequenceId sequence = client->Control(Open(), kNever)->sequence();
-    const TokensRequest own(sequence, {tokens.begin() + 75 * rank, tokens.begin() + 75 * rank + 75});
+    const TokensRequest own(sequence,
+                            {tokens.begin() + 75 * rank, tokens.begin() + 75 * rank + 75});
     // Meanwhile each decodes what is its own.
     TokensRequest beside(client->Control(Open(), kNever)->sequence(), Tokens(3));
     ASSERT_TRUE(client->Submit(beside.request).ok());
@@ -526,28 +527,28 @@ TEST_P(TwoRanks, TakeAShardedForward) {
 
 TEST(TwoRanksFetching, GoOnWithoutEachOther) {
   absl::Notification has_begun;
-  OnTwoRanks(/*is_reachable=*/false, [&](int rank, Service& service,
-                                         comm::Communicator& communicator) {
-    auto client = *service.Connect();
-    TokensRequest before(client->Control(Open(), kNever)->sequence(), Tokens(40));
-    ASSERT_TRUE(client->Submit(before.request).ok());
-    ASSERT_TRUE(client->Next(kNever)->status.ok());
-    if (rank == 1) {
-      has_begun.WaitForNotification();
-      return communicator.Abort("tired");
-    }
-    has_begun.Notify();
-    while (service.Health().state() == ServiceHealth::SERVING) {
-      absl::SleepFor(absl::Milliseconds(1));
-    }
-    EXPECT_EQ(service.Health().state(), ServiceHealth::DEGRADED);
-    EXPECT_THAT(service.Health().reason(), HasSubstr("tired"));
-    TokensRequest after(before.request.sequence, {40});
-    ASSERT_TRUE(client->Submit(after.request).ok());
-    const auto result = client->Next(kNever);
-    ASSERT_TRUE(result->status.ok()) << result->status;
-    EXPECT_EQ(after.o, AloneCache().Decode(Tokens(41), 1));
-  });
+  OnTwoRanks(/*is_reachable=*/false,
+             [&](int rank, Service& service, comm::Communicator& communicator) {
+               auto client = *service.Connect();
+               TokensRequest before(client->Control(Open(), kNever)->sequence(), Tokens(40));
+               ASSERT_TRUE(client->Submit(before.request).ok());
+               ASSERT_TRUE(client->Next(kNever)->status.ok());
+               if (rank == 1) {
+                 has_begun.WaitForNotification();
+                 return communicator.Abort("tired");
+               }
+               has_begun.Notify();
+               while (service.Health().state() == ServiceHealth::SERVING) {
+                 absl::SleepFor(absl::Milliseconds(1));
+               }
+               EXPECT_EQ(service.Health().state(), ServiceHealth::DEGRADED);
+               EXPECT_THAT(service.Health().reason(), HasSubstr("tired"));
+               TokensRequest after(before.request.sequence, {40});
+               ASSERT_TRUE(client->Submit(after.request).ok());
+               const auto result = client->Next(kNever);
+               ASSERT_TRUE(result->status.ok()) << result->status;
+               EXPECT_EQ(after.o, AloneCache().Decode(Tokens(41), 1));
+             });
 }
 
 TEST(TwoRanksFetching, AreShutDownTogetherOrAtTheDeadline) {

@@ -96,9 +96,9 @@ inline ControlRequest Describe(serving::SequenceId sequence) {
 class AloneCache {
  public:
   AloneCache() {
-    std::shared_ptr<comm::Communicator> communicator = std::move((*comm::LoopbackGroup::Create(1))[0]);
-    std::shared_ptr<kernels::Kernels> kernels =
-        *kernels::CpuKernels::Create({.num_threads = 1});
+    std::shared_ptr<comm::Communicator> communicator =
+        std::move((*comm::LoopbackGroup::Create(1))[0]);
+    std::shared_ptr<kernels::Kernels> kernels = *kernels::CpuKernels::Create({.num_threads = 1});
     cache_ = *serving::KvCache::Create(SmallService().cache, communicator, kernels);
   }
 
