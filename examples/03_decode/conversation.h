@@ -52,7 +52,8 @@ class Conversation {
   char retrieved_ = 0;
 };
 
-// A token of each, of which the client has no other requests. How long the service took, in seconds.
+// A token of each, of which the client has no other requests. How long the service took, in
+// seconds.
 absl::StatusOr<double> Step(absl::Span<Conversation> conversations, Client& client);
 
 }  // namespace nsa::examples

@@ -97,8 +97,8 @@ absl::Status RunDecode(const tools::RankContext& context) {
   if (!quiz.ok()) return quiz.status();
   auto plan = ShardPlan::Parse("zigzag", num_tokens, communicator.size());
   if (!plan.ok()) return plan.status();
-  auto engine = Engine::Create({.config = DemoConfig()}, *plan, context.communicator,
-                               context.kernels);
+  auto engine =
+      Engine::Create({.config = DemoConfig()}, *plan, context.communicator, context.kernels);
   if (!engine.ok()) return engine.status();
   auto service = Service::Create(MakeOptions(context), context.communicator, context.kernels);
   if (!service.ok()) return service.status();
@@ -131,7 +131,8 @@ absl::Status RunDecode(const tools::RankContext& context) {
     status = CheckAnswers(*conversations);
   }
   // The others' memory is read until the home has come here.
-  status.Update((*client)->RunCollective([&](serving::KvCache&) { return communicator.Barrier(); }));
+  status.Update(
+      (*client)->RunCollective([&](serving::KvCache&) { return communicator.Barrier(); }));
   return status;
 }
 

@@ -39,9 +39,9 @@ int64_t RiddleTokens() {
 absl::StatusOr<Quiz> MakeQuiz(const std::string& path, int64_t num_tokens, int64_t num_riddles) {
   const int64_t room = num_riddles == 0 ? 0 : num_tokens / num_riddles;
   if (num_riddles < 1 || num_riddles > kMaxRiddles || room < RiddleTokens() + 2) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("riddles = ", num_riddles, ": must lie in [1, ", kMaxRiddles,
-                     "] and have ", RiddleTokens() + 2, " tokens each of the ", num_tokens));
+    return absl::InvalidArgumentError(absl::StrCat("riddles = ", num_riddles, ": must lie in [1, ",
+                                                   kMaxRiddles, "] and have ", RiddleTokens() + 2,
+                                                   " tokens each of the ", num_tokens));
   }
   absl::StatusOr<std::string> text = ReadText(path, num_tokens);
   if (!text.ok()) return text.status();
@@ -50,8 +50,7 @@ absl::StatusOr<Quiz> MakeQuiz(const std::string& path, int64_t num_tokens, int64
   for (int i = 0; i < num_riddles; ++i) {
     const Riddle& riddle = quiz.riddles.emplace_back(MakeRiddle(random));
     const std::string sentence = absl::StrCat(riddle.question, riddle.answer, ". ");
-    const int64_t begin =
-        i * room + static_cast<int64_t>(random() % (room - sentence.size() + 1));
+    const int64_t begin = i * room + static_cast<int64_t>(random() % (room - sentence.size() + 1));
     quiz.text.replace(begin, sentence.size(), sentence);
   }
   return quiz;

@@ -13,8 +13,8 @@
 namespace nsa::examples {
 
 struct Decoding {
-  int64_t cached_tokens = 0;             // of each sequence, before
-  double seconds = 0;                    // in all
+  int64_t cached_tokens = 0;              // of each sequence, before
+  double seconds = 0;                     // in all
   std::vector<double> step_seconds = {};  // of the service, each
 };
 

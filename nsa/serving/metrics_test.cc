@@ -21,7 +21,8 @@ using testing::HasSubstr;
 void ExpectWellFormed(const std::string& text) {
   ASSERT_TRUE(!text.empty() && text.back() == '\n');
   const std::regex head(R"(# (HELP|TYPE) (nsa_[a-z_]+) .+)");
-  const std::regex sample(R"((nsa_[a-z_]+?)(_bucket|_sum|_count)?(\{[a-z]+="[^"]+"\})? [0-9.e+-]+)");
+  const std::regex sample(
+      R"((nsa_[a-z_]+?)(_bucket|_sum|_count)?(\{[a-z]+="[^"]+"\})? [0-9.e+-]+)");
   std::string announced;
   std::smatch match;
   for (const std::string& line :
@@ -87,9 +88,10 @@ TEST(MetricsTest, AreServed) {
   EXPECT_EQ(metrics->get_header_value("Content-Type"), "text/plain; version=0.0.4; charset=utf-8");
   ExpectWellFormed(metrics->body);
   for (const char* part :
-       {"nsa_sequences 1\n", "nsa_pages 64\n", "nsa_pages_used 1\n", "nsa_appended_tokens_total 3\n",
-        "nsa_step_seconds_count 1\n", "nsa_queue_depth 0\n", "nsa_clients 1\n",
-        "nsa_requests_total{code=\"OK\"} 2\n", "nsa_health{state=\"SERVING\"} 1\n"}) {
+       {"nsa_sequences 1\n", "nsa_pages 64\n", "nsa_pages_used 1\n",
+        "nsa_appended_tokens_total 3\n", "nsa_step_seconds_count 1\n", "nsa_queue_depth 0\n",
+        "nsa_clients 1\n", "nsa_requests_total{code=\"OK\"} 2\n",
+        "nsa_health{state=\"SERVING\"} 1\n"}) {
     EXPECT_THAT(metrics->body, HasSubstr(part));
   }
   EXPECT_EQ(http.Get("/healthz")->status, 200);
