@@ -172,10 +172,11 @@ class ServiceImpl : public Service {
     using State = serving::RequestQueue::State;
     ServiceHealth health;
     const State state = core_->queue.state();
-    if (const absl::Status broken = communicator_->HealthCheck(); !broken.ok()) {
+    const absl::Status broken = communicator_->HealthCheck();
+    for (int rank : communicator_->LostRanks()) health.add_lost_ranks(rank);
+    if (!broken.ok() || health.lost_ranks_size() > 0) {
       health.set_state(ServiceHealth::DEGRADED);
       health.set_reason(broken.ToString());
-      for (int rank : communicator_->LostRanks()) health.add_lost_ranks(rank);
     }
     if (state == State::kDraining) health.set_state(ServiceHealth::DRAINING);
     if (state >= State::kStopping) health.set_state(ServiceHealth::STOPPED);

@@ -304,6 +304,7 @@ TEST_F(ServiceTest, AClientThatDoesNotReadIsRefusedAndNoOther) {
   EXPECT_EQ(NumTokens(sequence), 3);  // control requests have no results to read
   EXPECT_TRUE(client_->Next(kNever)->status.ok());
   EXPECT_TRUE(client_->Submit(a.request).ok());
+  client_.reset();  // before what the request refers to
 }
 
 TEST_F(ServiceTest, DeadlinesPassInTheQueue) {

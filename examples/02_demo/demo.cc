@@ -11,10 +11,10 @@
 #include "absl/flags/flag.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/clock.h"
-#include "examples/02_demo/device_tensors.h"
 #include "examples/02_demo/haystack.h"
 #include "examples/02_demo/report.h"
-#include "examples/02_demo/text_tensors.h"
+#include "examples/text/device_tensors.h"
+#include "examples/text/text_tensors.h"
 #include "nsa/engine.h"
 #include "nsa/stats.h"
 #include "tools/launch/flags.h"
@@ -28,7 +28,7 @@ ABSL_FLAG(double, fetch_budget_mib, 1024, "memory for fetched blocks, per rank")
 ABSL_FLAG(bool, compare, true, "compute the whole on one rank too, and compare bits");
 ABSL_FLAG(std::string, svg, "", "folder to draw sharding, fetches and selection into");
 
-namespace nsa::demo {
+namespace nsa::examples {
 namespace {
 
 // The forward over the text, of which this rank computes its part; the whole result on rank 0.
@@ -53,7 +53,7 @@ absl::StatusOr<Result> Compute(const Haystack& haystack, const ShardPlan& plan,
   };
   auto engine = Engine::Create(options, plan, context.communicator, context.kernels);
   if (!engine.ok()) return engine.status();
-  const TextTensors text(result.config, haystack.text, plan, rank);
+  const TextTensors text(result.config, haystack.text, TokensOfRank(plan, rank));
   auto tensors = DeviceTensors::Create(text.inputs(), result.config, *context.kernels);
   if (!tensors.ok()) return tensors.status();
 
@@ -122,14 +122,14 @@ absl::Status RunDemo(const tools::RankContext& context) {
 }
 
 }  // namespace
-}  // namespace nsa::demo
+}  // namespace nsa::examples
 
 int main(int argc, char** argv) {
   absl::Status status = nsa::tools::ParseFlags(
       "Finds a needle in a long text with sharded sparse attention.", argc, argv);
   auto options = nsa::tools::LaunchOptionsFromFlags();
   status.Update(options.status());
-  if (status.ok()) status = nsa::tools::RunRanks(*options, std::getenv, nsa::demo::RunDemo);
+  if (status.ok()) status = nsa::tools::RunRanks(*options, std::getenv, nsa::examples::RunDemo);
   if (status.ok()) return 0;
   std::cerr << "demo: " << status << "\n";
   return 1;

@@ -1,49 +1,15 @@
 #include "examples/02_demo/haystack.h"
 
-#include <algorithm>
-#include <filesystem>
-#include <fstream>
-#include <sstream>
-#include <vector>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "examples/text/source.h"
 
-namespace nsa::demo {
+namespace nsa::examples {
 namespace {
 
 constexpr char kNeedle[] = " The secret code of the old lighthouse keeper is ";
 constexpr char kAnswer[] = "pelican-7351";
-
-absl::StatusOr<std::string> ReadFile(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  if (!file || !(text << file.rdbuf())) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("text \"", path.string(), "\": can't be read or is empty"));
-  }
-  return text.str();
-}
-
-absl::StatusOr<std::string> LicenseTexts() {
-  const std::filesystem::path folder = "/usr/share/common-licenses";
-  std::vector<std::filesystem::path> files;
-  std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
-    if (entry.is_regular_file() && !entry.is_symlink()) files.push_back(entry.path());
-  }
-  std::sort(files.begin(), files.end());
-  std::string text;
-  for (const auto& file : files) {
-    absl::StatusOr<std::string> one = ReadFile(file);
-    if (!one.ok()) return one.status();
-    text += *one;
-  }
-  if (text.empty()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("no texts in ", folder.string(), ": name a file with --text"));
-  }
-  return text;
-}
 
 }  // namespace
 
@@ -63,11 +29,10 @@ absl::StatusOr<Haystack> MakeHaystack(const std::string& path, int64_t num_token
     return absl::InvalidArgumentError(
         absl::StrCat("depth = ", depth_percent, ": must lie in [0, 100]"));
   }
-  absl::StatusOr<std::string> source = path.empty() ? LicenseTexts() : ReadFile(path);
-  if (!source.ok()) return source.status();
+  absl::StatusOr<std::string> text = ReadText(path, num_tokens);
+  if (!text.ok()) return text.status();
   Haystack haystack;
-  while (static_cast<int64_t>(haystack.text.size()) < num_tokens) haystack.text += *source;
-  haystack.text.resize(num_tokens);
+  haystack.text = *std::move(text);
   haystack.needle_begin = static_cast<int64_t>(static_cast<double>(room) * depth_percent / 100);
   haystack.answer_begin = haystack.needle_begin + static_cast<int64_t>(sizeof(kNeedle)) - 1;
   haystack.answer = kAnswer;
@@ -76,4 +41,4 @@ absl::StatusOr<Haystack> MakeHaystack(const std::string& path, int64_t num_token
   return haystack;
 }
 
-}  // namespace nsa::demo
+}  // namespace nsa::examples

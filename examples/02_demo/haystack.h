@@ -7,7 +7,7 @@
 
 #include "absl/status/statusor.h"
 
-namespace nsa::demo {
+namespace nsa::examples {
 
 struct Haystack {
   std::string text;      // num_tokens bytes
@@ -21,6 +21,6 @@ struct Haystack {
 absl::StatusOr<Haystack> MakeHaystack(const std::string& path, int64_t num_tokens,
                                       double depth_percent);
 
-}  // namespace nsa::demo
+}  // namespace nsa::examples
 
 #endif  // EXAMPLES_02_DEMO_HAYSTACK_H_

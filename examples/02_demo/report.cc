@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "absl/strings/str_format.h"
-#include "examples/02_demo/device_tensors.h"
-#include "examples/02_demo/text_tensors.h"
+#include "examples/text/device_tensors.h"
+#include "examples/text/text_tensors.h"
 #include "nsa/plan/cost.h"
 #include "nsa/plan/rank_plan.h"
 #include "nsa/stats.h"
@@ -13,7 +13,7 @@
 #include "tools/nsa_run/gather_rows.h"
 #include "tools/svg/drawings.h"
 
-namespace nsa::demo {
+namespace nsa::examples {
 
 absl::Status GatherOnRank0(const tools::RankContext& context, const ShardPlan& plan,
                            const ForwardOutputs& mine, Result* result) {
@@ -119,4 +119,4 @@ absl::Status Draw(const std::string& folder, const ShardPlan& plan, const Result
   return status;
 }
 
-}  // namespace nsa::demo
+}  // namespace nsa::examples

@@ -15,7 +15,7 @@
 #include "nsa/stats.pb.h"
 #include "tools/launch/launch.h"
 
-namespace nsa::demo {
+namespace nsa::examples {
 
 // What a forward over the whole text gave.
 struct Result {
@@ -47,6 +47,6 @@ absl::Status CheckRetrieved(const Haystack& haystack, const Result& whole);
 // sharding.svg, fetch_matrix.svg and selection_map.svg in `folder`.
 absl::Status Draw(const std::string& folder, const ShardPlan& plan, const Result& whole);
 
-}  // namespace nsa::demo
+}  // namespace nsa::examples
 
 #endif  // EXAMPLES_02_DEMO_REPORT_H_

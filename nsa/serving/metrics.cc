@@ -4,10 +4,14 @@
 #include <map>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/string_view.h"
 
 namespace nsa::serving {
 namespace {
+
+// More digits than absl::StrCat has: a sum of weeks must still show a step.
+std::string Number(double value) { return absl::StrFormat("%.15g", value); }
 
 class Page {
  public:
@@ -16,8 +20,8 @@ class Page {
     name_ = absl::StrCat("nsa_", name);
     absl::StrAppend(&text_, "# HELP ", name_, " ", help, "\n# TYPE ", name_, " ", type, "\n");
   }
-  template <typename Value>
-  void Sample(Value value, absl::string_view labels = "", absl::string_view suffix = "") {
+  void Sample(const absl::AlphaNum& value, absl::string_view labels = "",
+              absl::string_view suffix = "") {
     absl::StrAppend(&text_, name_, suffix);
     if (!labels.empty()) absl::StrAppend(&text_, "{", labels, "}");
     absl::StrAppend(&text_, " ", value, "\n");
@@ -77,11 +81,10 @@ std::string FormatMetrics(const ServiceStats& stats) {
   int64_t count = 0;
   for (int i = 0; i < histogram.counts_size(); ++i) {
     count += histogram.counts(i);
-    const std::string bound =
-        i < histogram.bounds_size() ? absl::StrCat(histogram.bounds(i)) : "+Inf";
+    const std::string bound = i < histogram.bounds_size() ? Number(histogram.bounds(i)) : "+Inf";
     page.Sample(count, absl::StrCat("le=\"", bound, "\""), "_bucket");
   }
-  page.Sample(histogram.sum(), "", "_sum");
+  page.Sample(Number(histogram.sum()), "", "_sum");
   page.Sample(count, "", "_count");
   return page.text();
 }

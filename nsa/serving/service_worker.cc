@@ -54,7 +54,6 @@ void ServiceWorker::Run() {
     const bool runs_collective = plan.collective && queue_->TakeCollective(*round.collective);
     if (runs_collective) RunFunction(*round.collective);
     if (plan.step) Step(round.batch);
-    RecordCache();
     if (round.is_idle() && !runs_collective && !plan.step) {
       queue_->WaitForArrival(round.arrivals,
                              in_step_with_ranks_ ? kIdleRound : absl::InfiniteDuration());
@@ -85,7 +84,7 @@ ServiceWorker::Plan ServiceWorker::Agree(const Round& round) {
 void ServiceWorker::RunFunction(Request& request) {
   absl::Status status = request.function(*cache_);
   status.Update(kernels_->Synchronize(/*stream=*/nullptr));
-  RecordCache();  // before the caller learns of it
+  RecordCache();
   queue_->Finish(request, status);
 }
 
@@ -128,6 +127,7 @@ absl::Status ServiceWorker::PlanAndRun(const std::vector<RequestPtr>& batch) {
 }
 
 void ServiceWorker::SortOut(const std::vector<RequestPtr>& batch, const absl::Status& error) {
+  RecordCache();
   std::vector<RequestPtr> rest;
   for (const RequestPtr& request : batch) {
     const absl::Status own =

@@ -45,6 +45,7 @@ class ServiceWorker {
   absl::Status PlanAndRun(const std::vector<RequestPtr>& batch);
   // Gives each request of a step that failed its own error, or back to the queue.
   void SortOut(const std::vector<RequestPtr>& batch, const absl::Status& error);
+  // Before callers learn of what was done.
   void RecordStep(double seconds, int64_t num_rows);
   void RecordCache();
 

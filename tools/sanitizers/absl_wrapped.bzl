@@ -27,4 +27,5 @@ WRAPPED = [
     "_ZN4absl7debian315BlockingCounter14DecrementCountEv",
     "_ZN4absl7debian315BlockingCounter4WaitEv",
     "_ZN4absl7debian37Barrier5BlockEv",
+    "_ZN4absl7debian36Status15UnrefNonInlinedEm",
 ]

@@ -36,5 +36,7 @@ extern "C" const char* __tsan_default_suppressions() {
       // The same within Open MPI's plugins, whose frames a report names.
       "deadlock:mca_btl_\n"
       "mutex:mca_pml_\n"
-      "race:mca_\n";
+      "race:mca_\n"
+      // Abseil's detector of deadlocks, under a lock of its own.
+      "race:absl::debian3::synchronization_internal::GraphCycles\n";
 }

@@ -4,6 +4,8 @@
 // threads would be invisible and every use of one reported as a race. The linker (--wrap) sends
 // each call through here: what makes an order releases or acquires the object's address.
 
+#include <cstdint>
+
 #include "absl/synchronization/barrier.h"
 #include "absl/synchronization/blocking_counter.h"
 #include "absl/synchronization/mutex.h"
@@ -95,3 +97,11 @@ WRAP(bool, _ZN4absl7debian315BlockingCounter14DecrementCountEv, (absl::BlockingC
      nullptr)
 WRAP(void, _ZN4absl7debian315BlockingCounter4WaitEv, (absl::BlockingCounter * b), (b), nullptr, b)
 WRAP(bool, _ZN4absl7debian37Barrier5BlockEv, (absl::Barrier * b), (b), b, b)
+
+// Lets go of what copies of a status share; the last one frees it, after all others.
+extern "C" void __real__ZN4absl7debian36Status15UnrefNonInlinedEm(uintptr_t rep);
+extern "C" void __wrap__ZN4absl7debian36Status15UnrefNonInlinedEm(uintptr_t rep) {
+  __tsan_release(reinterpret_cast<void*>(rep));
+  __tsan_acquire(reinterpret_cast<void*>(rep));
+  __real__ZN4absl7debian36Status15UnrefNonInlinedEm(rep);
+}

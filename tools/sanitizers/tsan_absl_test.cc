@@ -5,6 +5,7 @@
 
 #include <thread>
 
+#include "absl/status/status.h"
 #include "absl/synchronization/barrier.h"
 #include "absl/synchronization/blocking_counter.h"
 #include "absl/synchronization/mutex.h"
@@ -51,6 +52,17 @@ TEST(TsanAbslTest, Notification) {
            [&] {
              while (!d.HasBeenNotified()) std::this_thread::yield();
            });
+}
+
+// Copies of a status share what the last one to go frees.
+TEST(TsanAbslTest, Status) {
+  for (int i = 0; i < 100; ++i) {
+    absl::Status mine = absl::InternalError("long enough to be read");
+    std::thread other([copy = mine] { EXPECT_EQ(copy.message().back(), 'd'); });
+    EXPECT_EQ(mine.message().front(), 'l');
+    mine = absl::OkStatus();
+    other.join();
+  }
 }
 
 TEST(TsanAbslTest, BlockingCounterAndBarrier) {

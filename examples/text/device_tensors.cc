@@ -1,9 +1,20 @@
-#include "examples/02_demo/device_tensors.h"
+#include "examples/text/device_tensors.h"
 
 #include <cstdint>
 #include <utility>
 
-namespace nsa::demo {
+namespace nsa::examples {
+namespace {
+
+constexpr ConstTensor ForwardInputs::*kTensors[] = {
+    &ForwardInputs::q,     &ForwardInputs::k_cmp, &ForwardInputs::v_cmp, &ForwardInputs::k_slc,
+    &ForwardInputs::v_slc, &ForwardInputs::k_win, &ForwardInputs::v_win, &ForwardInputs::gate};
+
+int64_t NumBytes(const ConstTensor& dense) {
+  return dense.shape[0] * dense.strides[0] * SizeOf(dense.dtype);
+}
+
+}  // namespace
 
 absl::StatusOr<DeviceTensors> DeviceTensors::Create(const ForwardInputs& host,
                                                     const NsaConfig& config,
@@ -11,9 +22,8 @@ absl::StatusOr<DeviceTensors> DeviceTensors::Create(const ForwardInputs& host,
   DeviceTensors tensors;
   ForwardInputs& inputs = tensors.inputs_;
   inputs = host;
-  for (ConstTensor* tensor : {&inputs.q, &inputs.k_cmp, &inputs.v_cmp, &inputs.k_slc, &inputs.v_slc,
-                              &inputs.k_win, &inputs.v_win, &inputs.gate}) {
-    if (absl::Status status = tensors.Load(*tensor, kernels); !status.ok()) return status;
+  for (ConstTensor ForwardInputs::*tensor : kTensors) {
+    if (absl::Status status = tensors.Load(inputs.*tensor, kernels); !status.ok()) return status;
   }
   if (absl::Status status = kernels.Synchronize(nullptr); !status.ok()) return status;
 
@@ -28,6 +38,16 @@ absl::StatusOr<DeviceTensors> DeviceTensors::Create(const ForwardInputs& host,
   return tensors;
 }
 
+absl::Status DeviceTensors::Update(const ForwardInputs& host, kernels::Kernels& kernels) {
+  for (ConstTensor ForwardInputs::*tensor : kTensors) {
+    const ConstTensor& from = host.*tensor;
+    void* const to = const_cast<void*>((inputs_.*tensor).data);
+    absl::Status status = kernels.CopyFromHost(to, from.data, NumBytes(from), /*stream=*/nullptr);
+    if (!status.ok()) return status;
+  }
+  return kernels.Synchronize(nullptr);
+}
+
 absl::StatusOr<void*> DeviceTensors::Allocate(int64_t num_bytes, kernels::Kernels& kernels) {
   auto memory = kernels.Allocate(num_bytes);
   if (!memory.ok()) return memory.status();
@@ -38,7 +58,7 @@ absl::StatusOr<void*> DeviceTensors::Allocate(int64_t num_bytes, kernels::Kernel
 absl::Status DeviceTensors::Load(ConstTensor& tensor, kernels::Kernels& kernels) {
   const auto [place, is_new] = loaded_.try_emplace(tensor.data, nullptr);
   if (is_new) {
-    const int64_t num_bytes = tensor.shape[0] * tensor.strides[0] * SizeOf(tensor.dtype);
+    const int64_t num_bytes = NumBytes(tensor);
     absl::StatusOr<void*> data = Allocate(num_bytes, kernels);
     if (!data.ok()) return data.status();
     absl::Status status = kernels.CopyFromHost(*data, tensor.data, num_bytes, /*stream=*/nullptr);
@@ -57,4 +77,4 @@ int64_t IndicesRowBytes(const NsaConfig& config) {
   return int64_t{config.num_kv_heads} * config.num_selected_blocks * int64_t{sizeof(int32_t)};
 }
 
-}  // namespace nsa::demo
+}  // namespace nsa::examples

@@ -6,26 +6,30 @@
 //     makes the blocks that continue the same phrase be selected;
 //   - readers compare the one last n-gram, token by token, inside the selected blocks, and return
 //     the byte that followed it.
-#ifndef EXAMPLES_02_DEMO_TEXT_TENSORS_H_
-#define EXAMPLES_02_DEMO_TEXT_TENSORS_H_
+#ifndef EXAMPLES_TEXT_TEXT_TENSORS_H_
+#define EXAMPLES_TEXT_TEXT_TENSORS_H_
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "absl/types/span.h"
 #include "nsa/config.h"
 #include "nsa/engine.h"
 #include "nsa/plan/sharding.h"
 
-namespace nsa::demo {
+namespace nsa::examples {
 
 // 8 query heads, 2 key/value heads of 64, the other fields as in NSA's paper.
 NsaConfig DemoConfig();
 
-// This rank's tensors in bf16, dense, and views of them.
+// A rank's tokens under a plan, as places in the text.
+std::vector<int64_t> TokensOfRank(const ShardPlan& plan, int rank);
+
+// Tensors of some tokens of a text in bf16, dense, and views of them.
 class TextTensors {
  public:
-  TextTensors(const NsaConfig& config, const std::string& text, const ShardPlan& plan, int rank);
+  TextTensors(const NsaConfig& config, const std::string& text, absl::Span<const int64_t> tokens);
   ForwardInputs inputs() const;
 
  private:
@@ -39,6 +43,6 @@ class TextTensors {
 // sum over the readers.
 char RetrievedByte(const NsaConfig& config, const uint16_t* o, int64_t row);
 
-}  // namespace nsa::demo
+}  // namespace nsa::examples
 
-#endif  // EXAMPLES_02_DEMO_TEXT_TENSORS_H_
+#endif  // EXAMPLES_TEXT_TEXT_TENSORS_H_

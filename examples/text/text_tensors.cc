@@ -1,10 +1,10 @@
-#include "examples/02_demo/text_tensors.h"
+#include "examples/text/text_tensors.h"
 
 #include <array>
 #include <bit>
 #include <cmath>
 
-namespace nsa::demo {
+namespace nsa::examples {
 namespace {
 
 constexpr int kDim = 64;         // of every head
@@ -49,7 +49,10 @@ Vector BagOf(const std::string& text, int64_t end) {
     const Vector one = Signs(NgramHash(text, i, kFinderBytes, 1));
     for (int c = 0; c < kDim; ++c) bag[c] += one[c];
   }
-  for (float& x : bag) x /= std::sqrt(static_cast<float>(kBag));
+  // As long as a vector of signs, also where the text repeats itself (a line of dashes).
+  float square = 0;
+  for (float x : bag) square += x * x;
+  for (float& x : bag) x *= std::sqrt(kDim / square);
   return bag;
 }
 
@@ -78,9 +81,17 @@ NsaConfig DemoConfig() {
   return config;
 }
 
-TextTensors::TextTensors(const NsaConfig& config, const std::string& text, const ShardPlan& plan,
-                         int rank)
-    : config_(config), num_tokens_(plan.TokensOfRank(rank)) {
+std::vector<int64_t> TokensOfRank(const ShardPlan& plan, int rank) {
+  std::vector<int64_t> tokens(plan.TokensOfRank(rank));
+  for (size_t row = 0; row < tokens.size(); ++row) {
+    tokens[row] = plan.GlobalToken(rank, static_cast<int64_t>(row));
+  }
+  return tokens;
+}
+
+TextTensors::TextTensors(const NsaConfig& config, const std::string& text,
+                         absl::Span<const int64_t> tokens)
+    : config_(config), num_tokens_(static_cast<int64_t>(tokens.size())) {
   const int64_t hq = config.num_q_heads;
   const int64_t hkv = config.num_kv_heads;
   q_.resize(num_tokens_ * hq * kDim);
@@ -89,7 +100,7 @@ TextTensors::TextTensors(const NsaConfig& config, const std::string& text, const
   v_.resize(num_tokens_ * hkv * kDim);
   gate_.resize(num_tokens_ * hq * 3);
   for (int64_t row = 0; row < num_tokens_; ++row) {
-    const int64_t t = plan.GlobalToken(rank, row);
+    const int64_t t = tokens[row];
     const Vector query_bag = BagOf(text, t);
     const Vector query_ngram = Signs(NgramHash(text, t, kReaderBytes, 2));
     for (int64_t h = 0; h < hq; ++h) {
@@ -146,4 +157,4 @@ char RetrievedByte(const NsaConfig& config, const uint16_t* o, int64_t row) {
   return static_cast<char>(best);
 }
 
-}  // namespace nsa::demo
+}  // namespace nsa::examples

@@ -1,6 +1,6 @@
 // The tensors of a rank where its kernels compute: the host's memory or a GPU's.
-#ifndef EXAMPLES_02_DEMO_DEVICE_TENSORS_H_
-#define EXAMPLES_02_DEMO_DEVICE_TENSORS_H_
+#ifndef EXAMPLES_TEXT_DEVICE_TENSORS_H_
+#define EXAMPLES_TEXT_DEVICE_TENSORS_H_
 
 #include <map>
 #include <memory>
@@ -12,7 +12,7 @@
 #include "nsa/config.h"
 #include "nsa/engine.h"
 
-namespace nsa::demo {
+namespace nsa::examples {
 
 class DeviceTensors {
  public:
@@ -20,6 +20,9 @@ class DeviceTensors {
   // memory for o (bf16) and block_indices there.
   static absl::StatusOr<DeviceTensors> Create(const ForwardInputs& host, const NsaConfig& config,
                                               kernels::Kernels& kernels);
+
+  // Copies other tensors of the same shapes over them.
+  absl::Status Update(const ForwardInputs& host, kernels::Kernels& kernels);
 
   const ForwardInputs& inputs() const { return inputs_; }
   const ForwardOutputs& outputs() const { return outputs_; }
@@ -39,6 +42,6 @@ class DeviceTensors {
 int64_t ORowBytes(const NsaConfig& config);
 int64_t IndicesRowBytes(const NsaConfig& config);
 
-}  // namespace nsa::demo
+}  // namespace nsa::examples
 
-#endif  // EXAMPLES_02_DEMO_DEVICE_TENSORS_H_
+#endif  // EXAMPLES_TEXT_DEVICE_TENSORS_H_
