@@ -67,7 +67,8 @@ struct DecodeLimits {
 };
 
 // Compressed attention over a sequence's summaries, importance and top-n (NSA equations 5 to 12):
-// what ScoreAndSelect computes for one query. Leaves o_cmp in the scratch for DecodeAttend.
+// what ScoreAndSelect computes for one query. Leaves o_cmp in the scratch for DecodeAttend, and
+// what else needs no selection: it may attend to the window.
 struct DecodeSelectParams {
   AttentionDims dims;
   const DecodeRow* rows;  // [num_rows]

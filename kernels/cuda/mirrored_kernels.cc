@@ -201,6 +201,12 @@ class MirroredTables {
     }
   }
 
+  // Those of the window of the query at `position`.
+  void PlaceWindow(int32_t sequence, int64_t position) {
+    PlaceTokens(tables_.win, sequence, std::max<int64_t>(0, position - dims_.window_tokens + 1),
+                position + 1, false);
+  }
+
   // Once all are placed. Tables that are one stay one.
   PageTables Finish() {
     const auto place = [&](void* const* table) -> void* const* {
@@ -742,6 +748,7 @@ absl::Status MirroredKernels::DecodeSelect(const DecodeSelectParams& params, voi
     const auto [sequence, position] = params.rows[i];
     if (sequence < 0) continue;
     tables.PlaceSummaries(sequence, 0, NumBlocksUpTo(dims, position), false);
+    tables.PlaceWindow(sequence, position);
   }
   DecodeSelectParams p = params;
   p.rows = mirror.In(params.rows, num_rows);
@@ -773,9 +780,7 @@ absl::Status MirroredKernels::DecodeAttend(const DecodeAttendParams& params, voi
       tables.PlaceTokens(params.tables.slc, sequence, block * block_tokens,
                          (block + 1) * block_tokens, false);
     }
-    tables.PlaceTokens(params.tables.win, sequence,
-                       std::max<int64_t>(0, position - dims.window_tokens + 1), position + 1,
-                       false);
+    tables.PlaceWindow(sequence, position);
   }
   DecodeAttendParams p = params;
   p.rows = mirror.In(params.rows, num_rows);

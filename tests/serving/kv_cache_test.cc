@@ -28,18 +28,23 @@ TEST_P(KvCacheTest, RandomSchedulesEqualAPlainCopy) {
   const Universe universe(variant);
   auto group = comm::LoopbackGroup::Create(kRanks);
   ASSERT_TRUE(group.ok()) << group.status();
-  std::atomic<int64_t> bytes_fetched = 0;
+  std::atomic<int64_t> bytes_fetched = 0, exhausted = 0;
   std::vector<std::thread> threads;
   for (auto& communicator : *group) {
     threads.emplace_back([&, rank = std::shared_ptr(std::move(communicator))]() mutable {
       if (!variant.is_reachable) rank = std::make_shared<UnreachableCommunicator>(rank);
       auto kernels = TheBackend().make_kernels();
       ASSERT_TRUE(kernels.ok()) << kernels.status();
-      bytes_fetched += RunSchedule(variant, universe, rank, *std::move(kernels));
+      const ScheduleCounts counts = RunSchedule(variant, universe, rank, *std::move(kernels));
+      bytes_fetched += counts.bytes_fetched;
+      exhausted += counts.exhausted;
     });
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(bytes_fetched > 0, !variant.is_reachable);
+  if (variant.num_operations >= 1000) {
+    EXPECT_GT(exhausted, 0);
+  }
 }
 
 using Kind = reference::CompressorKind;

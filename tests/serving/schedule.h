@@ -33,11 +33,15 @@ struct Universe {
   EncodedInputs encoded;
 };
 
-// Collective: one rank of the schedule, whose failures are the current test's. Returns the bytes
-// that its steps fetched.
-int64_t RunSchedule(const Variant& variant, const Universe& universe,
-                    std::shared_ptr<comm::Communicator> communicator,
-                    std::shared_ptr<kernels::Kernels> kernels);
+struct ScheduleCounts {
+  int64_t bytes_fetched = 0;  // by steps
+  int64_t exhausted = 0;      // operations for which there was no room
+};
+
+// Collective: one rank of the schedule, whose failures are the current test's.
+ScheduleCounts RunSchedule(const Variant& variant, const Universe& universe,
+                           std::shared_ptr<comm::Communicator> communicator,
+                           std::shared_ptr<kernels::Kernels> kernels);
 
 }  // namespace nsa::test
 
