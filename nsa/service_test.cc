@@ -440,6 +440,7 @@ TEST_F(ServiceTest, ChecksItsOptions) {
       {[](ServiceOptions& o) { o.gate_dtype = DType::kF16; }, "gate_dtype = f16"},
       {[](ServiceOptions& o) { o.cache.config.num_q_heads = 2; }, "num_q_heads = 2"},
       {[](ServiceOptions& o) { o.cache.max_tokens = 0; }, "max_tokens = 0"},
+      {[](ServiceOptions& o) { o.cache.max_rollback_tokens = 63; }, "max_rollback_tokens = 63"},
   };
   for (const auto& [spoil, message] : wrongs) {
     ServiceOptions options = SmallService();
