@@ -25,6 +25,11 @@ absl::Status CheckOptions(const ServiceOptions& options) {
                                                    ": must be f32 or ",
                                                    NameOf(options.cache.dtype)));
   }
+  if (options.cache.max_rollback_tokens < serving::MaxNewTokens(options)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "max_rollback_tokens = ", options.cache.max_rollback_tokens, ": must be at least ",
+        serving::MaxNewTokens(options), ", the new tokens of a step that fails and is taken back"));
+  }
   for (const auto& [name, value] :
        {std::pair("max_queued", options.max_queued), std::pair("max_unread", options.max_unread)}) {
     if (value < 1) {

@@ -43,7 +43,8 @@
 namespace nsa {
 
 struct ServiceOptions {
-  // A step has at most cache.max_step_rows new tokens.
+  // A step has at most cache.max_step_rows new tokens; of a sequence at most 64, which
+  // cache.max_rollback_tokens must allow to take back.
   serving::KvCacheOptions cache;
   DType gate_dtype = DType::kF32;  // of all gates: f32 or cache.dtype
   int32_t max_queued = 1024;       // requests of all clients that have not begun
@@ -96,7 +97,7 @@ class Client {
   // Runs `function` on the service's thread, where alone the communicator may be used: for a
   // sharded forward and the KvCache::AppendForward behind it. What it enqueues on other streams
   // than the default one it waits for. Every rank calls this, in the same order; returns when
-  // `function` has, for which the other ranks must have come too.
+  // `function` has, for which the other ranks must have come too. No queue is too full for it.
   virtual absl::Status RunCollective(
       const std::function<absl::Status(serving::KvCache&)>& function) = 0;
 };
@@ -112,7 +113,9 @@ class Service {
   static absl::StatusOr<std::unique_ptr<Service>> Create(
       const ServiceOptions& options, std::unique_ptr<serving::KvCache> cache,
       std::shared_ptr<comm::Communicator> communicator, std::shared_ptr<kernels::Kernels> kernels);
-  // Shuts down, waiting for at most the communicator's timeout. Clients may live on.
+  // Shuts down, waiting for at most the communicator's timeout. Clients may live on. The pages of
+  // other ranks' sequences go along: ranks that share some end together, as behind a Barrier in
+  // RunCollective.
   virtual ~Service() = default;
 
   virtual absl::StatusOr<std::unique_ptr<Client>> Connect(const ClientOptions& options = {}) = 0;

@@ -275,6 +275,7 @@ TEST_F(ServiceTest, AFullQueueRefuses) {
   std::vector<TokensRequest> requests;
   requests.reserve(4);
   for (int64_t i = 0; i < 4; ++i) requests.emplace_back(sequence, Tokens(1, i));
+  std::thread collective;  // which no limit holds off
   {
     const Busy busy(*service_);
     for (int i = 0; i < 3; ++i) ASSERT_TRUE(client_->Submit(requests[i].request).ok());
@@ -282,7 +283,12 @@ TEST_F(ServiceTest, AFullQueueRefuses) {
     EXPECT_TRUE(absl::IsResourceExhausted(status));
     EXPECT_THAT(status.message(), HasSubstr("max_queued = 3"));
     EXPECT_TRUE(absl::IsResourceExhausted(client_->Control(Open(), kNever).status()));
+    collective = std::thread([this] {
+      EXPECT_TRUE(client_->RunCollective([](serving::KvCache&) { return absl::OkStatus(); }).ok());
+    });
+    while (service_->Stats().queue_depth() < 4) absl::SleepFor(absl::Milliseconds(1));
   }
+  collective.join();
   for (int i = 0; i < 3; ++i) EXPECT_TRUE(client_->Next(kNever)->status.ok());
   EXPECT_TRUE(requests[3].is_untouched());
 }
@@ -367,7 +373,9 @@ TEST_F(ServiceTest, AClientTakesItsRequestsAndSequencesAlong) {
       const Busy busy(*service_);
       ASSERT_TRUE(client_->Submit(next.request).ok());
       end = std::thread([&] { client_.reset(); });
-      while (service_->Stats().queue_depth() > 1) absl::SleepFor(absl::Milliseconds(1));
+      while (!service_->Stats().requests_by_code().contains("CANCELLED")) {
+        absl::SleepFor(absl::Milliseconds(1));
+      }
     }
     end.join();
   }
@@ -432,6 +440,7 @@ TEST_F(ServiceTest, ChecksItsOptions) {
       {[](ServiceOptions& o) { o.gate_dtype = DType::kF16; }, "gate_dtype = f16"},
       {[](ServiceOptions& o) { o.cache.config.num_q_heads = 2; }, "num_q_heads = 2"},
       {[](ServiceOptions& o) { o.cache.max_tokens = 0; }, "max_tokens = 0"},
+      {[](ServiceOptions& o) { o.cache.max_rollback_tokens = 63; }, "max_rollback_tokens = 63"},
   };
   for (const auto& [spoil, message] : wrongs) {
     ServiceOptions options = SmallService();

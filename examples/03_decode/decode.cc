@@ -58,9 +58,8 @@ ServiceOptions MakeOptions(const tools::RankContext& context) {
 // Collective: the forward over the text, whose keys and values become the tokens of `sequence`.
 absl::Status Prefill(const tools::RankContext& context, const Quiz& quiz, Engine& engine,
                      serving::SequenceId sequence, Client& client) {
-  const std::vector<int64_t> tokens =
-      TokensOfRank(engine.shard_plan(), context.communicator->rank());
-  const TextTensors text(DemoConfig(), quiz.text, tokens);
+  const TextTensors text(DemoConfig(), quiz.text,
+                         TokensOfRank(engine.shard_plan(), context.communicator->rank()));
   auto tensors = DeviceTensors::Create(text.inputs(), DemoConfig(), *context.kernels);
   if (!tensors.ok()) return tensors.status();
   return client.RunCollective([&](serving::KvCache& cache) {

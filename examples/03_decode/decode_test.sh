@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All answers are right: on one rank, on four as threads, and on four as processes.
+# All answers are right: on one rank, on four as threads, and on four as processes, which read pages in
+# place or, over TCP, fetch them.
 set -euo pipefail
 decode=$1
 
@@ -21,8 +22,10 @@ if command -v mpirun >/dev/null; then
   TMPDIR=$(mktemp -d /tmp/decode.XXXXXX)
   export TMPDIR
   trap 'rm -rf "$TMPDIR"' EXIT
-  answers mpirun -n 4 --oversubscribe --bind-to none --mca btl self,tcp \
-    --mca btl_tcp_if_include lo "${small[@]}"
+  mpirun=(mpirun -n 4 --oversubscribe --bind-to none --mca btl self,tcp --mca btl_tcp_if_include lo)
+  answers "${mpirun[@]}" "${small[@]}"
+  answers "${mpirun[@]}" -x UCX_TLS=tcp,self -x UCX_NET_DEVICES=lo "${small[@]}"
+  grep -qa 'fetched from other ranks in all' <<<"$output" || { echo "read in place: $output"; exit 1; }
 else
   echo "no mpirun on this machine: skipped"
 fi

@@ -1,60 +1,16 @@
 #include "examples/text/text_tensors.h"
 
-#include <array>
 #include <bit>
 #include <cmath>
+
+#include "examples/text/vectors.h"
 
 namespace nsa::examples {
 namespace {
 
-constexpr int kDim = 64;         // of every head
-constexpr int kBag = 32;         // n-grams in a finder's bag
-constexpr int kFinderBytes = 6;  // length of its n-grams
-constexpr int kReaderBytes = 8;
 // With the default scale 1/8: logits of 40 for a match against noise of standard deviation 5.
 constexpr float kReaderGain = 5.0f;
 constexpr float kFinderGain = 6.0f;
-
-using Vector = std::array<float, kDim>;
-
-uint64_t Mix(uint64_t z) {  // SplitMix64
-  z += 0x9e3779b97f4a7c15;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-  return z ^ (z >> 31);
-}
-
-// Signs of a 64-bit hash as a vector.
-Vector Signs(uint64_t hash) {
-  Vector v;
-  for (int i = 0; i < kDim; ++i) v[i] = (hash >> i) & 1 ? 1.0f : -1.0f;
-  return v;
-}
-
-// Of the `length` bytes that end at `end` (included); bytes before the text count as 0.
-uint64_t NgramHash(const std::string& text, int64_t end, int length, uint64_t seed) {
-  uint64_t hash = Mix(seed);
-  for (int64_t i = end - length + 1; i <= end; ++i) {
-    hash = Mix(hash ^ (i < 0 ? 0 : static_cast<unsigned char>(text[i])));
-  }
-  return hash;
-}
-
-Vector ByteVector(int byte) { return Signs(Mix(0xb17e0000 + byte)); }
-
-// The finders' vector of the text up to and with `end`.
-Vector BagOf(const std::string& text, int64_t end) {
-  Vector bag = {};
-  for (int64_t i = end - kBag + 1; i <= end; ++i) {
-    const Vector one = Signs(NgramHash(text, i, kFinderBytes, 1));
-    for (int c = 0; c < kDim; ++c) bag[c] += one[c];
-  }
-  // As long as a vector of signs, also where the text repeats itself (a line of dashes).
-  float square = 0;
-  for (float x : bag) square += x * x;
-  for (float& x : bag) x *= std::sqrt(kDim / square);
-  return bag;
-}
 
 // Rounds to nearest; the demo has neither NaN nor infinity.
 uint16_t Bf16(float x) {
@@ -102,7 +58,7 @@ TextTensors::TextTensors(const NsaConfig& config, const std::string& text,
   for (int64_t row = 0; row < num_tokens_; ++row) {
     const int64_t t = tokens[row];
     const Vector query_bag = BagOf(text, t);
-    const Vector query_ngram = Signs(NgramHash(text, t, kReaderBytes, 2));
+    const Vector query_ngram = NgramOf(text, t);
     for (int64_t h = 0; h < hq; ++h) {
       const bool finder = IsFinder(static_cast<int>(h));
       Put(finder ? query_bag : query_ngram, finder ? kFinderGain : kReaderGain,
@@ -114,7 +70,7 @@ TextTensors::TextTensors(const NsaConfig& config, const std::string& text,
     }
     // A key stands for what came before its token, the value for the token itself.
     const Vector key_bag = BagOf(text, t - 1);
-    const Vector key_ngram = Signs(NgramHash(text, t - 1, kReaderBytes, 2));
+    const Vector key_ngram = NgramOf(text, t - 1);
     const Vector value = ByteVector(static_cast<unsigned char>(text[t]));
     for (int64_t g = 0; g < hkv; ++g) {
       Put(key_bag, 1.0f, &k_cmp_[(row * hkv + g) * kDim]);

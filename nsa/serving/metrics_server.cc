@@ -1,6 +1,7 @@
 #include "nsa/serving/metrics_server.h"
 
 #include <httplib.h>
+#include <sys/socket.h>
 
 #include <thread>
 
@@ -34,11 +35,16 @@ class MetricsServerImpl : public MetricsServer {
   }
 
   absl::Status Listen(int port) {
-    // Else two servers may share a port, and each gets some of the requests.
-    server_.set_socket_options([](int) {});
-    port_ = port == 0                           ? server_.bind_to_any_port(kHost)
-            : server_.bind_to_port(kHost, port) ? port
-                                                : -1;
+    // The library's own options let several servers share a port.
+    server_.set_socket_options([](socket_t socket) {
+      const int yes = 1;
+      setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
+    });
+    if (port == 0) {
+      port_ = server_.bind_to_any_port(kHost);
+    } else if (server_.bind_to_port(kHost, port)) {
+      port_ = port;
+    }
     if (port_ < 0) {
       return absl::UnavailableError(absl::StrCat("can't listen on ", kHost, ":", port));
     }

@@ -245,7 +245,9 @@ void RequestQueue::SetStopped() {
 absl::Status RequestQueue::Admit(const ClientState& client, const Request& request) {
   if (state_ == State::kDraining) return absl::UnavailableError("the service is draining");
   if (state_ != State::kServing) return ShutDown();
-  if (static_cast<int64_t>(queue_.size()) >= max_queued_) {
+  // A collective must not fail on one rank alone.
+  const bool is_limited = request.kind != Request::Kind::kCollective;
+  if (is_limited && static_cast<int64_t>(queue_.size()) >= max_queued_) {
     return absl::ResourceExhaustedError(
         absl::StrCat("the queue is full: max_queued = ", max_queued_, " requests"));
   }

@@ -56,6 +56,10 @@ absl::Status CheckRows(absl::string_view name, const ConstTensor& tensor, DType 
 
 }  // namespace
 
+int64_t MaxNewTokens(const ServiceOptions& options) {
+  return std::min<int64_t>(kMaxNewTokens, options.cache.max_step_rows);
+}
+
 bool AppendsOnly(const DecodeRequest& request) {
   return !request.inputs.q.is_set() && !request.inputs.gate.is_set() && !request.o.is_set();
 }
@@ -68,8 +72,7 @@ int64_t NumTokens(const DecodeRequest& request) {
 absl::Status CheckDecodeRequest(const ServiceOptions& options, const DecodeRequest& request) {
   const bool appends_only = AppendsOnly(request);
   const int64_t num_tokens = NumTokens(request);
-  const int64_t most = appends_only ? options.cache.max_tokens
-                                    : std::min<int64_t>(kMaxNewTokens, options.cache.max_step_rows);
+  const int64_t most = appends_only ? options.cache.max_tokens : MaxNewTokens(options);
   if (num_tokens < 1 || num_tokens > most) {
     return absl::InvalidArgumentError(
         absl::StrCat("k_slc.shape[0] = ", num_tokens, ": new tokens must be 1 to ", most));

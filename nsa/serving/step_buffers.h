@@ -21,6 +21,9 @@ namespace nsa::serving {
 // looked at.
 absl::Status CheckDecodeRequest(const ServiceOptions& options, const DecodeRequest& request);
 
+// Tokens that a request may decode.
+int64_t MaxNewTokens(const ServiceOptions& options);
+
 // Whether it is to be appended without attending.
 bool AppendsOnly(const DecodeRequest& request);
 
