@@ -17,7 +17,7 @@
 
 namespace nsa::kernels::cuda {
 
-constexpr int kDecodeAttendCtas = 3;  // of one SM
+constexpr int kDecodeAttendCtas = 2;  // of one SM
 
 // CTAs of a (row, kv head, 16 heads).
 constexpr int32_t AttendItems(const AttentionDims& dims) {
@@ -50,8 +50,8 @@ __device__ inline void MergeCompressed(const AttentionDims& dims, const ScratchP
     const int32_t head = quarter * kHeads + i / pieces;
     const int32_t place = (heads.first + head) * dims.head_dim_v + i % pieces * 4;
     *reinterpret_cast<float4*>(scratch.floats(layout.merged) + place) =
-        MergeParts(scratch.o(layout.cmp), num_parts, int64_t{layout.num_heads} * dims.head_dim_v,
-                   weights, head, place);
+        MergeParts<16>(scratch.o(layout.cmp) + place, num_parts,
+                       int64_t{layout.num_heads} * dims.head_dim_v, weights, head);
   }
 }
 
@@ -77,7 +77,7 @@ __device__ void StoreOutputs(const DecodeAttendParams& params, const ScratchPlac
   const bool has_summaries = SummaryKeys(dims, position).end > 0;
   const int64_t part_stride = int64_t{layout.num_heads} * dims.head_dim_v;
   const int32_t pieces = dims.head_dim_v / 4;
-#pragma unroll 1
+#pragma unroll 2
   for (int32_t i = threadIdx.x; i < heads.count * pieces; i += kDecodeThreads) {
     const int32_t head = i / pieces, dim = i % pieces * 4, q_head = heads.first_q + head;
     const int32_t place = (heads.first + head) * dims.head_dim_v + dim;
@@ -92,9 +92,9 @@ __device__ void StoreOutputs(const DecodeAttendParams& params, const ScratchPlac
       cmp = __ldcg(reinterpret_cast<const float4*>(scratch.floats(layout.merged) + place));
     }
     const float4 slc =
-        MergeParts(scratch.o(layout.slc), num_slc, part_stride, slc_weights, head, place);
+        MergeParts<8>(scratch.o(layout.slc) + place, num_slc, part_stride, slc_weights, head);
     const float4 win =
-        MergeParts(scratch.o(layout.win), num_win, part_stride, win_weights, head, place);
+        MergeParts<8>(scratch.o(layout.win) + place, num_win, part_stride, win_weights, head);
     const auto mix = [&](float a, float b, float c) {
       return fmaf(gate[0], a, fmaf(gate[1], b, gate[2] * c));
     };
@@ -112,7 +112,7 @@ __device__ void StoreOutputs(const DecodeAttendParams& params, const ScratchPlac
 
 // Grid: (AttendItems, Hkv * head tiles, rows). kOverlaps: launched while the kernel before may
 // still run (LaunchAfter).
-template <class T, bool kOverlaps>
+template <class T, int kDk, int kDv, bool kOverlaps>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeAttendCtas)
     DecodeAttendKernel(const __grid_constant__ DecodeAttendParams params,
                        const __grid_constant__ DecodeScratch layout) {
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeAttendCtas)
     if constexpr (kOverlaps) WaitForGridBefore();
     MergeCompressed(dims, scratch, shared, heads, summaries.num_parts(), item - num_slc_items);
   } else {
-    TileAttention<T> attention(dims, shared);
+    TileAttention<T, kDk, kDv> attention(dims, shared);
     attention.Start(params.q, heads.row, heads.first_q, heads.count);
     if constexpr (kOverlaps) WaitForGridBefore();
     const int32_t* const picks = params.block_indices + row_head * dims.num_selected_blocks;

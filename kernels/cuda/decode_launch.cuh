@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/decode_append.cuh"
@@ -50,9 +51,25 @@ cudaError_t LaunchAppendTokens(const AppendTokensParams& params, cudaStream_t st
                                          params);
 }
 
-template <class T, bool kOverlaps>
-cudaError_t LaunchDecodeSelectOf(const DecodeSelectParams& params, const Device& device,
-                                 cudaStream_t stream) {
+// Calls launch(T, Dk, Dv) with the dims as types: constants where performance is about them and the
+// kernels overlap, 0 elsewhere.
+template <bool kOverlaps, class Launch>
+cudaError_t WithShape(const AttentionDims& dims, const Launch& launch) {
+  const auto with_dims = [&](auto type) {
+    if constexpr (kOverlaps) {
+      if (dims.head_dim_qk == 128 && dims.head_dim_v == 128) {
+        return launch(type, std::integral_constant<int, 128>(), std::integral_constant<int, 128>());
+      }
+    }
+    return launch(type, std::integral_constant<int, 0>(), std::integral_constant<int, 0>());
+  };
+  return dims.dtype == DType::kBF16 ? with_dims(__nv_bfloat16()) : with_dims(__half());
+}
+
+template <bool kOverlaps>
+cudaError_t LaunchDecodeSelect(const DecodeSelectParams& params, const Device& device,
+                               cudaStream_t stream) {
+  if (params.num_rows == 0) return cudaSuccess;
   const AttentionDims& dims = params.dims;
   const int64_t last = params.max_tokens - 1;
   const int64_t most_parts =
@@ -61,18 +78,13 @@ cudaError_t LaunchDecodeSelectOf(const DecodeSelectParams& params, const Device&
   const int64_t most_items = params.num_rows * dims.num_kv_heads * NumHeadTiles(dims) * most_parts;
   const auto ctas = static_cast<unsigned>(
       std::min<int64_t>(most_items, int64_t{device.num_sms} * kDecodeSelectCtas));
-  return LaunchAfter<DecodeSelectParams, DecodeScratch>(
-      kOverlaps, DecodeSelectKernel<T, kOverlaps>, dim3(ctas), kDecodeThreads,
-      DecodeShared::Bytes(dims), stream, params, MakeDecodeScratch(dims, params.max_tokens));
-}
-
-template <bool kOverlaps>
-cudaError_t LaunchDecodeSelect(const DecodeSelectParams& params, const Device& device,
-                               cudaStream_t stream) {
-  if (params.num_rows == 0) return cudaSuccess;
-  return params.dims.dtype == DType::kBF16
-             ? LaunchDecodeSelectOf<__nv_bfloat16, kOverlaps>(params, device, stream)
-             : LaunchDecodeSelectOf<__half, kOverlaps>(params, device, stream);
+  return WithShape<kOverlaps>(dims, [&](auto type, auto dk, auto dv) {
+    const auto kernel =
+        DecodeSelectKernel<decltype(type), decltype(dk)::value, decltype(dv)::value, kOverlaps>;
+    return LaunchAfter<DecodeSelectParams, DecodeScratch>(
+        kOverlaps, kernel, dim3(ctas), kDecodeThreads, DecodeShared::Bytes(dims), stream, params,
+        MakeDecodeScratch(dims, params.max_tokens));
+  });
 }
 
 template <bool kOverlaps>
@@ -81,11 +93,13 @@ cudaError_t LaunchDecodeAttend(const DecodeAttendParams& params, cudaStream_t st
   const AttentionDims& dims = params.dims;
   const dim3 grid(AttendItems(dims), dims.num_kv_heads * NumHeadTiles(dims),
                   static_cast<unsigned>(params.num_rows));
-  const auto kernel = dims.dtype == DType::kBF16 ? DecodeAttendKernel<__nv_bfloat16, kOverlaps>
-                                                 : DecodeAttendKernel<__half, kOverlaps>;
-  return LaunchAfter<DecodeAttendParams, DecodeScratch>(kOverlaps, kernel, grid, kDecodeThreads,
-                                                        DecodeShared::Bytes(dims), stream, params,
-                                                        MakeDecodeScratch(dims, params.max_tokens));
+  return WithShape<kOverlaps>(dims, [&](auto type, auto dk, auto dv) {
+    const auto kernel =
+        DecodeAttendKernel<decltype(type), decltype(dk)::value, decltype(dv)::value, kOverlaps>;
+    return LaunchAfter<DecodeAttendParams, DecodeScratch>(
+        kOverlaps, kernel, grid, kDecodeThreads, DecodeShared::Bytes(dims), stream, params,
+        MakeDecodeScratch(dims, params.max_tokens));
+  });
 }
 
 }  // namespace nsa::kernels::cuda

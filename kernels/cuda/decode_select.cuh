@@ -7,8 +7,8 @@
 // importance of all blocks, from which it chooses: by a search for the n-th best key, 11 bits at a
 // time.
 //
-// Shared memory: DecodeShared. For the choice, instead of V: factors of tiles and scores, where
-// these fit (else they are in the scratch), and behind them instead of probabilities the counts.
+// Shared memory: DecodeShared. For the choice, instead of V: sums of tiles and scores, where these
+// fit (else they are in the scratch), and instead of probabilities the counts.
 #ifndef KERNELS_CUDA_DECODE_SELECT_CUH_
 #define KERNELS_CUDA_DECODE_SELECT_CUH_
 
@@ -22,53 +22,70 @@
 namespace nsa::kernels::cuda {
 
 // CTAs of one SM: enough loads on the way for its share of the memory's bandwidth.
-constexpr int kDecodeSelectCtas = 3;
+constexpr int kDecodeSelectCtas = 2;
 
 // One item of the grid.
 struct SelectItem {
   int32_t row = -1;  // -1: there are no more
-  int32_t part;      // of the summaries, and then of the window
+  int32_t part;      // of the summaries, and then of the window; past the last item, how far
   int32_t head_tile;
   int32_t kv_head;
 };
 
-// Items of a row by branch. A row without summaries has an item for them all the same, which makes
-// its list.
+// Items of a (row, kv head, 16 heads) by branch. A row without summaries has an item for them all
+// the same, which makes its list.
 __device__ inline int32_t NumSummaryItems(const AttentionDims& dims, int64_t position) {
   return max(1, SummaryKeys(dims, position).num_parts());
 }
 
-// All lanes of a warp.
-__device__ inline SelectItem FindItem(const DecodeSelectParams& params, int64_t index) {
+// Heads of the same part are neighbours, as they are in pages. All lanes of a warp.
+__device__ inline SelectItem FindItem(const DecodeSelectParams& params, int32_t index) {
   const AttentionDims& dims = params.dims;
-  const int32_t head_tiles = NumHeadTiles(dims);
-  const auto parts_of = [&](int64_t position) {
-    return NumSummaryItems(dims, position) + WindowKeys(dims, position).num_parts();
-  };
-  const auto run_at = [&](int32_t i) {
-    const DecodeRow row = params.rows[i];
-    if (row.sequence < 0) return BlockRun{i, 0, 0};
-    return BlockRun{i, 0, int64_t{parts_of(row.position)} * head_tiles * dims.num_kv_heads};
-  };
-  const BlockGroup group = FindGroup(run_at, static_cast<int32_t>(params.num_rows), 1, index);
+  const int32_t lane = threadIdx.x % 32, head_tiles = NumHeadTiles(dims);
+  const int32_t heads = head_tiles * dims.num_kv_heads;
   SelectItem item;
-  if (group.document < 0) return item;
-  const int32_t parts = parts_of(params.rows[group.document].position);
-  const auto in_row = static_cast<int32_t>(group.first_block);
-  item.row = group.document;
-  item.part = in_row % parts;
-  item.head_tile = in_row / parts % head_tiles;
-  item.kv_head = in_row / parts / head_tiles;
+  for (int32_t first = 0; first < params.num_rows; first += 32) {
+    int32_t count = 0;
+    if (first + lane < params.num_rows) {
+      const DecodeRow row = params.rows[first + lane];
+      if (row.sequence >= 0) {
+        count = (NumSummaryItems(dims, row.position) + WindowKeys(dims, row.position).num_parts()) *
+                heads;
+      }
+    }
+    int32_t end = count;  // of items, up to and with this lane's row
+    for (int delta = 1; delta < 32; delta *= 2) {
+      const int32_t before = __shfl_up_sync(kFullWarp, end, delta);
+      if (lane >= delta) end += before;
+    }
+    const unsigned hits = __ballot_sync(kFullWarp, index < end);
+    if (hits != 0) {
+      const int32_t source = __ffs(hits) - 1;
+      const int32_t in_row = index - __shfl_sync(kFullWarp, end - count, source);
+      item.row = first + source;
+      item.part = in_row / heads;
+      const int32_t head = in_row - item.part * heads;
+      item.kv_head = head / head_tiles;
+      item.head_tile = head - item.kv_head * head_tiles;
+      return item;
+    }
+    index -= __shfl_sync(kFullWarp, end, 31);
+  }
+  item.part = index;
   return item;
 }
 
 // Adds up what the summaries of a tile give to select blocks, from the probabilities in p32.
-// reach [blocks_per_tile,num_heads], from the first of the 16 heads on. All threads.
+// reach [blocks_per_tile,num_heads], from the first of the 16 heads on. kStrides, kOverlap: of a
+// select and of a compression block, 0 for any. All threads.
+template <int kStrides, int kOverlap>
 __device__ inline void StoreReach(const AttentionDims& dims, const DecodeScratch& layout,
                                   const float* p32, int32_t tile, int32_t num_summaries,
                                   float* reach) {
-  const int32_t strides = dims.select_block_tokens / dims.compress_stride_tokens;
-  const int32_t overlap = dims.compress_block_tokens / dims.compress_stride_tokens;
+  const int32_t strides =
+      kStrides != 0 ? kStrides : dims.select_block_tokens / dims.compress_stride_tokens;
+  const int32_t overlap =
+      kOverlap != 0 ? kOverlap : dims.compress_block_tokens / dims.compress_stride_tokens;
   const int32_t first = tile * kDecodeTileKeys;
   const int32_t count = min(kDecodeTileKeys, num_summaries - first);
   const int32_t first_block = first / strides;
@@ -77,9 +94,17 @@ __device__ inline void StoreReach(const AttentionDims& dims, const DecodeScratch
   for (int32_t j = threadIdx.x / 16; j < layout.blocks_per_tile; j += kDecodeThreads / 16) {
     const int32_t begin = (first_block + j) * strides - first, end = begin + strides;
     float sum = 0.0f;
-    for (int32_t i = max(0, begin - overlap + 1); i < min(end, count); ++i) {
-      const int32_t times = min(i + overlap, end) - max(i, begin);
-      sum = fmaf(static_cast<float>(times), p[i], sum);
+    if constexpr (kStrides != 0) {
+#pragma unroll
+      for (int32_t i = 1 - kOverlap; i < kStrides; ++i) {
+        const int32_t times = min(i + kOverlap, kStrides) - max(i, 0), place = begin + i;
+        if (place >= 0 && place < count) sum = fmaf(static_cast<float>(times), p[place], sum);
+      }
+    } else {
+      for (int32_t i = max(0, begin - overlap + 1); i < min(end, count); ++i) {
+        const int32_t times = min(i + overlap, end) - max(i, begin);
+        sum = fmaf(static_cast<float>(times), p[i], sum);
+      }
     }
     reach[j * layout.num_heads + head] = sum;
   }
@@ -95,12 +120,14 @@ class Chooser {
         shared_(shared),
         keys_(SummaryKeys(params.dims, position)),
         num_candidates_(NumCandidates(params.dims, position)) {
-    const int32_t num_factors = keys_.num_tiles() * scratch.layout.num_heads;
-    factors_ = scratch.floats(scratch.layout.tile_max);
+    const int32_t num_sums = keys_.num_tiles() * scratch.layout.blocks_per_tile;
+    sums_ = scratch.floats(scratch.layout.reach);
+    sums_stride_ = scratch.layout.num_heads;
     scores_ = scratch.floats(scratch.layout.scores);
-    if ((num_factors + num_candidates_) * 4 <= shared.values_bytes()) {
-      factors_ = reinterpret_cast<float*>(shared.values());
-      scores_ = factors_ + num_factors;
+    if ((num_sums + num_candidates_) * 4 <= shared.values_bytes()) {
+      sums_ = reinterpret_cast<float*>(shared.values());
+      sums_stride_ = 1;
+      scores_ = sums_ + num_sums;
     }
   }
 
@@ -121,29 +148,76 @@ class Chooser {
       }
     }
     if (num_free == 0) return;
-    MakeFactors();
+    AddHeads();
     MakeScores();
     __syncthreads();
     Choose(num_free, to + dims_.num_initial_blocks);
   }
 
  private:
-  // 2^(maximum of the tile - lse), by tile and head; 0 where there is no head.
-  __device__ void MakeFactors() {
-    const int32_t num_heads = scratch_.layout.num_heads;
+  // What each tile gives to blocks, summed over the heads, each by 2^(maximum of the tile - lse).
+  // Four lanes take a block, of 4 of 16 heads each.
+  __device__ void AddHeads() {
+    constexpr int kTiles = 2, kBatch = 5;  // of 8 blocks: a tile's 34
+    const DecodeScratch& layout = scratch_.layout;
+    const int32_t num_heads = layout.num_heads, num_places = layout.blocks_per_tile;
     const int32_t group_size = dims_.num_q_heads / dims_.num_kv_heads;
-    const float* const tile_max = scratch_.floats(scratch_.layout.tile_max);
+    const float* const tile_max = scratch_.floats(layout.tile_max);
+    const float* const reach = scratch_.floats(layout.reach);
+    const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int32_t first = 0; first < num_heads; first += kDecodeTileHeads) {
       __syncthreads();  // of the 16 heads before
-      WeighParts(scratch_.stats(scratch_.layout.cmp) + first, keys_.num_parts(), num_heads,
+      WeighParts(scratch_.stats(layout.cmp) + first, keys_.num_parts(), num_heads,
                  reinterpret_cast<float*>(shared_.p()), shared_.of_heads());
       __syncthreads();
-      const int32_t head = threadIdx.x % 16;
-      const float lse = shared_.of_heads()[head];
-#pragma unroll 4
-      for (int32_t tile = threadIdx.x / 16; tile < keys_.num_tiles(); tile += kDecodeThreads / 16) {
-        const int32_t place = tile * num_heads + first + head;
-        factors_[place] = first + head < group_size ? Exp2(__ldcg(tile_max + place) - lse) : 0.0f;
+      const int32_t head = first + lane % 4 * 4;
+      float4 lse = *reinterpret_cast<const float4*>(shared_.of_heads() + lane % 4 * 4);
+      if (head >= group_size) lse.x = INFINITY;
+      if (head + 1 >= group_size) lse.y = INFINITY;
+      if (head + 2 >= group_size) lse.z = INFINITY;
+      if (head + 3 >= group_size) lse.w = INFINITY;
+      for (int32_t tile = warp; tile < keys_.num_tiles(); tile += kTiles * kDecodeWarps) {
+        for (int32_t begin = lane / 4; begin < num_places + lane / 4; begin += 8 * kBatch) {
+          float4 max[kTiles], values[kTiles][kBatch];  // on their way together
+#pragma unroll
+          for (int u = 0; u < kTiles; ++u) {
+            const int64_t of_tile = tile + u * kDecodeWarps;
+            max[u] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (of_tile < keys_.num_tiles()) {
+              max[u] =
+                  __ldcg(reinterpret_cast<const float4*>(tile_max + of_tile * num_heads + head));
+            }
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+              const int32_t place = begin + 8 * i;
+              values[u][i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+              if (place < num_places && of_tile < keys_.num_tiles()) {
+                values[u][i] = __ldcg(reinterpret_cast<const float4*>(
+                    reach + (of_tile * num_places + place) * num_heads + head));
+              }
+            }
+          }
+#pragma unroll
+          for (int u = 0; u < kTiles; ++u) {
+            const int64_t of_tile = tile + u * kDecodeWarps;
+            const float4 factor = make_float4(Exp2(max[u].x - lse.x), Exp2(max[u].y - lse.y),
+                                              Exp2(max[u].z - lse.z), Exp2(max[u].w - lse.w));
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) {
+              const int32_t place = begin + 8 * i;
+              const float4& value = values[u][i];
+              float sum =
+                  fmaf(value.x, factor.x,
+                       fmaf(value.y, factor.y, fmaf(value.z, factor.z, value.w * factor.w)));
+              sum += __shfl_xor_sync(kFullWarp, sum, 1);
+              sum += __shfl_xor_sync(kFullWarp, sum, 2);
+              if (lane % 4 == 0 && place < num_places && of_tile < keys_.num_tiles()) {
+                float* const to = sums_ + (of_tile * num_places + place) * sums_stride_;
+                *to = first == 0 ? sum : *to + sum;
+              }
+            }
+          }
+        }
       }
     }
     __syncthreads();
@@ -151,29 +225,16 @@ class Chooser {
 
   // NSA equations 9 and 10 of the blocks that are not forced.
   __device__ void MakeScores() {
-    const DecodeScratch& layout = scratch_.layout;
     const int32_t strides = dims_.select_block_tokens / dims_.compress_stride_tokens;
     const int32_t overlap = dims_.compress_block_tokens / dims_.compress_stride_tokens;
-    const float* const reach = scratch_.floats(layout.reach);
-#pragma unroll 2
+#pragma unroll 4
     for (int32_t block = begin() + threadIdx.x; block < end(); block += kDecodeThreads) {
       const int32_t first = max(block * strides - overlap + 1, 0) / kDecodeTileKeys;
       const int32_t last = min(block * strides + strides, keys_.end) - 1;
       float score = 0.0f;
       for (int32_t tile = first; tile * kDecodeTileKeys <= last; ++tile) {
         const int32_t place = block - tile * kDecodeTileKeys / strides;
-        const auto* const from = reinterpret_cast<const float4*>(
-            reach + (int64_t{tile} * layout.blocks_per_tile + place) * layout.num_heads);
-        const auto* const factors =
-            reinterpret_cast<const float4*>(factors_ + tile * layout.num_heads);
-#pragma unroll 4
-        for (int32_t i = 0; i < layout.num_heads / 4; ++i) {
-          const float4 sums = __ldcg(from + i), factor = factors[i];
-          score = fmaf(sums.x, factor.x, score);
-          score = fmaf(sums.y, factor.y, score);
-          score = fmaf(sums.z, factor.z, score);
-          score = fmaf(sums.w, factor.w, score);
-        }
+        score += sums_[(int64_t{tile} * scratch_.layout.blocks_per_tile + place) * sums_stride_];
       }
       scores_[block] = score;
     }
@@ -190,6 +251,7 @@ class Chooser {
       const int32_t low = max(shift, 0), bits = kBits - (low - shift);
       for (int32_t i = threadIdx.x; i < kDigits; i += kDecodeThreads) counts[i] = 0;
       __syncthreads();
+#pragma unroll 4
       for (int32_t block = begin() + threadIdx.x; block < end(); block += kDecodeThreads) {
         const uint32_t key = ScoreKey(scores_[block]);
         if ((static_cast<uint64_t>(key) >> (low + bits)) == known) {
@@ -218,6 +280,7 @@ class Chooser {
     const int32_t first = min(begin() + static_cast<int32_t>(threadIdx.x) * per_thread, end());
     const int32_t last = min(first + per_thread, end());
     int32_t num_better = 0, num_equal = 0, total;
+#pragma unroll 4
     for (int32_t block = first; block < last; ++block) {
       const uint32_t key = ScoreKey(scores_[block]);
       num_better += key > known ? 1 : 0;
@@ -241,8 +304,9 @@ class Chooser {
   const DecodeShared shared_;
   const DecodeKeys keys_;
   const int32_t num_candidates_;
-  float* factors_;  // [tiles,heads]
-  float* scores_;   // [blocks]
+  float* sums_;  // [tiles,blocks_per_tile]
+  int32_t sums_stride_;
+  float* scores_;  // [blocks]
 };
 
 // o_cmp and lse_cmp of all heads of a (row, kv head), for a caller who looks. All threads.
@@ -264,10 +328,10 @@ __device__ void StoreCompressed(const DecodeSelectParams& params, const ScratchP
       if (first + head >= group_size) break;
       const int32_t q_head = kv_head * group_size + first + head;
       if (params.o_cmp.data != nullptr) {
-        StoreFour<T>(params.o_cmp, row, q_head, dim,
-                     MergeParts(scratch.o(scratch.layout.cmp), num_parts,
-                                int64_t{num_heads} * dims.head_dim_v, weights, head,
-                                (first + head) * dims.head_dim_v + dim));
+        StoreFour<T>(
+            params.o_cmp, row, q_head, dim,
+            MergeParts<8>(scratch.o(scratch.layout.cmp) + (first + head) * dims.head_dim_v + dim,
+                          num_parts, int64_t{num_heads} * dims.head_dim_v, weights, head));
       }
       if (params.lse_cmp != nullptr && dim == 0) {
         params.lse_cmp[row * dims.num_q_heads + q_head] = shared.of_heads()[head] * kLn2;
@@ -277,7 +341,7 @@ __device__ void StoreCompressed(const DecodeSelectParams& params, const ScratchP
 }
 
 // kOverlaps: launched while the kernel before may still run (LaunchAfter).
-template <class T, bool kOverlaps>
+template <class T, int kDk, int kDv, bool kOverlaps>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeSelectCtas)
     DecodeSelectKernel(const __grid_constant__ DecodeSelectParams params,
                        const __grid_constant__ DecodeScratch layout) {
@@ -287,11 +351,22 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeSelectCtas)
   const DecodeShared shared(dims, memory);
   const int32_t group_size = dims.num_q_heads / dims.num_kv_heads;
   const int32_t warp = threadIdx.x / 32;
-  TileAttention<T> attention(dims, shared);
-  for (int64_t index = blockIdx.x;; index += gridDim.x) {
+  TileAttention<T, kDk, kDv> attention(dims, shared);
+  // The first item of a CTA is its own, for the others it draws tickets: a CTA that had to choose
+  // takes fewer. There are as many tickets as items, and who draws the last one puts them back.
+  int32_t* const tickets =
+      ScratchPlace(params.scratch, layout, 0).counters() + 1 + NumHeadTiles(dims);
+  int32_t index = blockIdx.x;
+  bool waits = kOverlaps;
+  for (;;) {
     // Rows, tables and q were there before the tokens were appended, so they need no waiting.
     const SelectItem item = FindItem(params, index);
-    if (item.row < 0) break;
+    if (item.row < 0) {
+      if (threadIdx.x == 0 && item.part == static_cast<int32_t>(gridDim.x) - 1) *tickets = 0;
+      break;
+    }
+    int32_t next = 0;  // asked for early, it is there when it is needed
+    if (threadIdx.x == 0) next = static_cast<int32_t>(gridDim.x) + atomicAdd(tickets, 1);
     const DecodeRow row = params.rows[item.row];
     const int32_t first_head = item.head_tile * kDecodeTileHeads;
     attention.Start(params.q, item.row, item.kv_head * group_size + first_head,
@@ -313,12 +388,15 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeSelectCtas)
       if (is_window) {
         const int64_t token = WindowOrigin(dims, row.position) + mine;
         if (sees_some) {
-          const int64_t block = token / dims.select_block_tokens;
+          const int32_t block = Quotient(token, dims.select_block_tokens);
           warp_keys = RecordKeys(
               dims, params.tables.win[row.sequence * params.tables.max_pages + block], item.kv_head,
-              static_cast<int32_t>(token - block * dims.select_block_tokens));
+              static_cast<int32_t>(token - int64_t{block} * dims.select_block_tokens));
         }
-        if constexpr (kOverlaps) WaitForGridBefore();
+        if constexpr (kOverlaps) {
+          if (waits) WaitForGridBefore();
+          waits = false;
+        }
         attention.template Attend<KeyLayout::kRecords, false>(warp_keys, begin, end);
       } else {
         if (sees_some) {
@@ -333,7 +411,10 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeSelectCtas)
           warp_keys.v = page + mine % kSummaryPageBlocks * warp_keys.row_bytes + k_bytes +
                         item.kv_head * dims.head_dim_v * 2;
         }
-        if constexpr (kOverlaps) WaitForGridBefore();
+        if constexpr (kOverlaps) {
+          if (waits) WaitForGridBefore();
+          waits = false;
+        }
         attention.template Attend<KeyLayout::kRows, true>(warp_keys, begin, end);
         const int64_t of_tile = int64_t{tile} * layout.num_heads + first_head;
         const int32_t lane = threadIdx.x % 32;
@@ -342,9 +423,14 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeSelectCtas)
           tile_max[lane / 4] = attention.max(0);
           tile_max[lane / 4 + 8] = attention.max(1);
         }
-        StoreReach(dims, layout, shared.p32(), tile, keys.end,
-                   scratch.floats(layout.reach) +
-                       int64_t{tile} * layout.blocks_per_tile * layout.num_heads + first_head);
+        float* const reach = scratch.floats(layout.reach) +
+                             int64_t{tile} * layout.blocks_per_tile * layout.num_heads + first_head;
+        if (dims.select_block_tokens == 4 * dims.compress_stride_tokens &&
+            dims.compress_block_tokens == 2 * dims.compress_stride_tokens) {
+          StoreReach<4, 2>(dims, layout, shared.p32(), tile, keys.end, reach);
+        } else {
+          StoreReach<0, 0>(dims, layout, shared.p32(), tile, keys.end, reach);
+        }
       }
       __syncthreads();  // shared memory has been read
     }
@@ -355,18 +441,18 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeSelectCtas)
                       scratch.stats(parts) + place,
                       scratch.o(parts) + int64_t{place} * dims.head_dim_v);
     }
-    if (is_window) continue;
-    if constexpr (kOverlaps) WaitForGridBefore();
-    if (!ArrivesLast(scratch.counters(), num_summary_items * NumHeadTiles(dims),
-                     shared.words() + 15)) {
-      continue;
+    if (!is_window && ArrivesLast(scratch.counters(), num_summary_items * NumHeadTiles(dims),
+                                  shared.words() + 15)) {
+      Chooser(params, scratch, shared, row.position)
+          .Run(params.block_indices +
+               (int64_t{item.row} * dims.num_kv_heads + item.kv_head) * dims.num_selected_blocks);
+      if (params.o_cmp.data != nullptr || params.lse_cmp != nullptr) {
+        StoreCompressed<T>(params, scratch, shared, item.row, item.kv_head, keys.num_parts());
+      }
     }
-    Chooser(params, scratch, shared, row.position)
-        .Run(params.block_indices +
-             (int64_t{item.row} * dims.num_kv_heads + item.kv_head) * dims.num_selected_blocks);
-    if (params.o_cmp.data != nullptr || params.lse_cmp != nullptr) {
-      StoreCompressed<T>(params, scratch, shared, item.row, item.kv_head, keys.num_parts());
-    }
+    if (threadIdx.x == 0) shared.words()[14] = next;
+    __syncthreads();
+    index = shared.words()[14];
   }
   if constexpr (kOverlaps) WaitForGridBefore();
 }

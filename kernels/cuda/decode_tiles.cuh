@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/decode_work.h"
+#include "kernels/cuda/grid_order.cuh"
 #include "kernels/cuda/ptx.cuh"
 #include "kernels/cuda/rows.cuh"
 
@@ -64,7 +65,7 @@ struct DecodeShared {
   __device__ float* p32() const {
     return reinterpret_cast<float*>(p() + kDecodeTileHeads * kPStride * 2);
   }
-  __device__ float* of_warps() const {  // [8][16]
+  __device__ float* of_warps() const {  // [16][8]
     return p32() + kDecodeTileHeads * kSumsStride;
   }
   __device__ float* of_heads() const { return of_warps() + kDecodeWarps * 16; }  // [16]
@@ -101,7 +102,8 @@ __device__ inline WarpKeys RecordKeys(const AttentionDims& dims, const void* pag
           record + (dims.select_block_tokens * dims.head_dim_qk + token * dims.head_dim_v) * 2, 0};
 }
 
-template <class T>
+// kDk, kDv: 0 for any.
+template <class T, int kDk, int kDv>
 class TileAttention {
  public:
   __device__ TileAttention(const AttentionDims& dims, const DecodeShared& shared)
@@ -110,18 +112,18 @@ class TileAttention {
   // Starts over with `num_heads` heads of a row of q, from `first_head` on. All threads.
   __device__ void Start(const ConstTensor3& q, int64_t row, int32_t first_head, int32_t num_heads) {
     q_ = static_cast<const char*>(q.data) + (row * q.row_stride + first_head * q.head_stride) * 2;
-    const int32_t pieces = shared_.head_dim_qk / 8;
+    const int32_t pieces = head_dim_qk() / 8;
     __syncthreads();  // the q before, and whatever else, has been read
     for (int32_t i = threadIdx.x; i < kDecodeTileHeads * pieces; i += kDecodeThreads) {
       const int32_t head = i / pieces, piece = i % pieces;
       const bool exists = head < num_heads;
-      CopyAsync16(SharedAddress(shared_.q() + head * shared_.q_stride() + piece * 16),
+      CopyAsync16(SharedAddress(shared_.q() + head * q_stride() + piece * 16),
                   exists ? q_ + head * q.head_stride * 2 + piece * 16 : q_, exists);
     }
     CopyAsyncCommit();
     q_is_there_ = false;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kMatrices; ++i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) o_[i][e] = 0.0f;
     }
@@ -133,32 +135,97 @@ class TileAttention {
   // none of them. kKeepsP: leaves probabilities relative to the maximum in p32. All threads; to be
   // followed by __syncthreads before the next.
   template <KeyLayout kLayout, bool kKeepsP>
-  __device__ void Attend(const WarpKeys& keys, int32_t begin, int32_t end) {
+  __device__ __forceinline__ void Attend(const WarpKeys& keys, int32_t begin, int32_t end) {
+    if (begin == 0 && end >= kDecodeTileKeys) {
+      AttendTile<kLayout, kKeepsP, false>(keys, begin, end);
+    } else {
+      AttendTile<kLayout, kKeepsP, true>(keys, begin, end);
+    }
+  }
+
+  // The maximum of rows g and g + 8 so far, of lane 4g + c.
+  __device__ float max(int r) const { return max_[r]; }
+
+  // Writes a part: stats [16], o [16,Dv]. All threads.
+  __device__ void Store(KeyLayout layout, float2* stats, float* o) {
     const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int32_t g = lane / 4, c = lane % 4;
-    const int32_t head_dim_v = shared_.head_dim_v;
+    float* const of_warps = shared_.of_warps();
+    __syncthreads();  // the maxima have been read
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = sum_[r];
+      sum += __shfl_xor_sync(kFullWarp, sum, 1);
+      sum += __shfl_xor_sync(kFullWarp, sum, 2);
+      if (c == 0) of_warps[(g + 8 * r) * kDecodeWarps + warp] = sum;
+#pragma unroll
+      for (int i = 0; i < kMatrices; ++i) {
+        if (i * 64 >= head_dim_v()) break;
+        const int32_t matrix = warp + 8 * i;
+        const int32_t dim = layout == KeyLayout::kRows ? matrix * 8 + c * 2
+                                                       : matrix / 4 * 32 + c * 8 + matrix % 4 * 2;
+        *reinterpret_cast<float2*>(o + (g + 8 * r) * head_dim_v() + dim) =
+            make_float2(o_[i][2 * r], o_[i][2 * r + 1]);
+      }
+    }
+    __syncthreads();
+    if (warp != 0 || c != 0) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) sum += of_warps[(g + 8 * r) * kDecodeWarps + w];
+      stats[g + 8 * r] = make_float2(max_[r], sum);
+    }
+  }
+
+ private:
+  static constexpr int kMatrices = kDv != 0 ? kDv / 64 : 4;  // of 8 columns, of a warp
+
+  __device__ __forceinline__ int32_t head_dim_qk() const {
+    return kDk != 0 ? kDk : shared_.head_dim_qk;
+  }
+  __device__ __forceinline__ int32_t head_dim_v() const {
+    return kDv != 0 ? kDv : shared_.head_dim_v;
+  }
+  __device__ __forceinline__ int32_t q_stride() const {
+    return head_dim_qk() * 2 + DecodeShared::kQPadding;
+  }
+
+  template <KeyLayout kLayout, bool kKeepsP, bool kMasked>
+  __device__ __forceinline__ void AttendTile(const WarpKeys& keys, int32_t begin, int32_t end) {
+    const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int32_t g = lane / 4, c = lane % 4;
 
     // A copy of a hidden key leaves zeros: what is in memory may be NaN.
     const uint32_t values = SharedAddress(shared_.values());
-    for (int32_t i = lane; i < 2 * head_dim_v; i += 32) {
-      const int32_t octet = i >= head_dim_v ? 1 : 0;
-      const int32_t token = octet * 8 + i % 8, column = (i - octet * head_dim_v) / 8;
-      const bool visible = warp * 16 + token >= begin && warp * 16 + token < end;
+    const uint32_t my_values = values + (warp * 2 * head_dim_v() + lane) * 16;
+#pragma unroll
+    for (int32_t octet = 0; octet < 2; ++octet) {
+      const int32_t token = octet * 8 + lane % 8;
+      const bool visible = !kMasked || (warp * 16 + token >= begin && warp * 16 + token < end);
       const char* const from = kLayout == KeyLayout::kRows
-                                   ? keys.v + token * keys.row_bytes + column * 16
-                                   : keys.v + i * 16;
-      CopyAsync16(values + (warp * 2 * head_dim_v + i) * 16, visible ? from : q_, visible);
+                                   ? keys.v + token * keys.row_bytes + lane / 8 * 16
+                                   : keys.v + (octet * head_dim_v() + lane) * 16;
+#pragma unroll
+      for (int32_t i = 0; i < 2 * kMatrices; ++i) {
+        if (i * 32 >= head_dim_v()) break;
+        CopyAsync16(my_values + (octet * head_dim_v() + i * 32) * 16,
+                    visible ? from + i * (kLayout == KeyLayout::kRows ? 64 : 512) : q_, visible);
+      }
     }
     CopyAsyncCommit();
 
     float s[2][4] = {};
-    MultiplyKeys<kLayout>(keys, s);
+    MultiplyKeys<kLayout, kMasked>(keys, s);
+    if constexpr (kMasked) {
 #pragma unroll
-    for (int o = 0; o < 2; ++o) {
+      for (int o = 0; o < 2; ++o) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int32_t key = warp * 16 + o * 8 + c * 2 + e % 2;
-        s[o][e] = key >= begin && key < end ? s[o][e] * scale_log2_ : -INFINITY;
+        for (int e = 0; e < 4; ++e) {
+          const int32_t key = warp * 16 + o * 8 + c * 2 + e % 2;
+          if (key < begin || key >= end) s[o][e] = -INFINITY;
+        }
       }
     }
 
@@ -169,26 +236,29 @@ class TileAttention {
           fmaxf(fmaxf(s[0][2 * r], s[0][2 * r + 1]), fmaxf(s[1][2 * r], s[1][2 * r + 1]));
       row_max = fmaxf(row_max, __shfl_xor_sync(kFullWarp, row_max, 1));
       row_max = fmaxf(row_max, __shfl_xor_sync(kFullWarp, row_max, 2));
-      if (c == 0) of_warps[warp * 16 + g + 8 * r] = row_max;
+      if (c == 0) of_warps[(g + 8 * r) * kDecodeWarps + warp] = row_max;
     }
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int32_t row = g + 8 * r;
-      float row_max = max_[r];
-#pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w) row_max = fmaxf(row_max, of_warps[w * 16 + row]);
+      const auto* const maxima = reinterpret_cast<const float4*>(of_warps + row * kDecodeWarps);
+      const float4 a = maxima[0], b = maxima[1];
+      const float tile_max =
+          fmaxf(fmaxf(fmaxf(a.x, a.y), fmaxf(a.z, a.w)), fmaxf(fmaxf(b.x, b.y), fmaxf(b.z, b.w)));
+      const float row_max = fmaxf(max_[r], tile_max * scale_log2_);
       const float factor = Exp2(max_[r] - row_max);
       max_[r] = row_max;
       sum_[r] *= factor;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kMatrices; ++i) {
         o_[i][2 * r] *= factor;
         o_[i][2 * r + 1] *= factor;
       }
 #pragma unroll
       for (int o = 0; o < 2; ++o) {
-        const float p0 = Exp2(s[o][2 * r] - row_max), p1 = Exp2(s[o][2 * r + 1] - row_max);
+        const float p0 = Exp2(fmaf(s[o][2 * r], scale_log2_, -row_max));
+        const float p1 = Exp2(fmaf(s[o][2 * r + 1], scale_log2_, -row_max));
         sum_[r] += p0 + p1;
         const int32_t key = warp * 16 + o * 8 + c * 2;
         *reinterpret_cast<uint32_t*>(shared_.p() + (row * DecodeShared::kPStride + key) * 2) =
@@ -207,82 +277,47 @@ class TileAttention {
     const uint32_t p_lane =
         SharedAddress(shared_.p()) +
         ((lane / 8 % 2 * 8 + lane % 8) * DecodeShared::kPStride + lane / 16 * 8) * 2;
-    const uint32_t v_lane = values + lane / 8 * head_dim_v * 16 + warp * 128 + lane % 8 * 16;
+    const uint32_t v_lane = values + lane / 8 * head_dim_v() * 16 + warp * 128 + lane % 8 * 16;
 #pragma unroll
     for (int step = 0; step < kDecodeTileKeys / 32; ++step) {
       uint32_t a[2][4];
       LoadMatrices(a[0], p_lane + step * 64);
       LoadMatrices(a[1], p_lane + step * 64 + 32);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i * 64 >= head_dim_v) break;
+      for (int i = 0; i < kMatrices; ++i) {
+        if (i * 64 >= head_dim_v()) break;
         uint32_t b[4];
-        LoadMatricesTransposed(b, v_lane + step * 4 * head_dim_v * 16 + i * 1024);
+        LoadMatricesTransposed(b, v_lane + step * 4 * head_dim_v() * 16 + i * 1024);
         MultiplyAdd<T>(o_[i], a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1]);
         MultiplyAdd<T>(o_[i], a[1][0], a[1][1], a[1][2], a[1][3], b[2], b[3]);
       }
     }
   }
 
-  // The maximum of rows g and g + 8 so far, of lane 4g + c.
-  __device__ float max(int r) const { return max_[r]; }
-
-  // Writes a part: stats [16], o [16,Dv]. All threads.
-  __device__ void Store(KeyLayout layout, float2* stats, float* o) {
-    const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int32_t g = lane / 4, c = lane % 4;
-    float* const of_warps = shared_.of_warps();
-    __syncthreads();  // the maxima have been read
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = sum_[r];
-      sum += __shfl_xor_sync(kFullWarp, sum, 1);
-      sum += __shfl_xor_sync(kFullWarp, sum, 2);
-      if (c == 0) of_warps[warp * 16 + g + 8 * r] = sum;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i * 64 >= shared_.head_dim_v) break;
-        const int32_t matrix = warp + 8 * i;
-        const int32_t dim = layout == KeyLayout::kRows ? matrix * 8 + c * 2
-                                                       : matrix / 4 * 32 + c * 8 + matrix % 4 * 2;
-        *reinterpret_cast<float2*>(o + (g + 8 * r) * shared_.head_dim_v + dim) =
-            make_float2(o_[i][2 * r], o_[i][2 * r + 1]);
-      }
-    }
-    __syncthreads();
-    if (warp != 0 || c != 0) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w) sum += of_warps[w * 16 + g + 8 * r];
-      stats[g + 8 * r] = make_float2(max_[r], sum);
-    }
-  }
-
- private:
   // s [16 heads, 16 keys] += q k^T. Four matrices of a record are 32 dimensions in the order in
   // which a lane that reads 16 bytes of a row finds them.
-  template <KeyLayout kLayout>
-  __device__ void MultiplyKeys(const WarpKeys& keys, float (&s)[2][4]) {
-    constexpr int kGroups = 4;  // at a time
+  template <KeyLayout kLayout, bool kMasked>
+  __device__ __forceinline__ void MultiplyKeys(const WarpKeys& keys, float (&s)[2][4]) {
+    constexpr int kGroups = kDk == 0 ? 4 : kDk / 32;  // at a time
     const int32_t lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-    const int32_t groups = shared_.head_dim_qk / 32;
+    const int32_t groups = head_dim_qk() / 32;
     for (int32_t first = 0; first < groups; first += kGroups) {
       uint4 b[kGroups][2];
 #pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
+      for (int o = 0; o < 2; ++o) {
+        const char* const from = kLayout == KeyLayout::kRows
+                                     ? keys.k + (o * 8 + g) * keys.row_bytes + first * 64 + c * 16
+                                     : keys.k + (o * groups + first) * 512 + lane * 4;
 #pragma unroll
-        for (int o = 0; o < 2; ++o) {
-          if (first + i >= groups || keys.k == nullptr) continue;
+        for (int i = 0; i < kGroups; ++i) {
+          if (kDk == 0 && first + i >= groups) continue;
+          if (kMasked && keys.k == nullptr) continue;
           if constexpr (kLayout == KeyLayout::kRows) {
-            b[i][o] = __ldcg(reinterpret_cast<const uint4*>(keys.k + (o * 8 + g) * keys.row_bytes +
-                                                            (first + i) * 64 + c * 16));
+            b[i][o] = __ldcg(reinterpret_cast<const uint4*>(from + i * 64));
           } else {
-            const auto* const from =
-                reinterpret_cast<const uint32_t*>(keys.k + (o * groups + first + i) * 512) + lane;
-            b[i][o] =
-                make_uint4(__ldcg(from), __ldcg(from + 32), __ldcg(from + 64), __ldcg(from + 96));
+            const auto* const words = reinterpret_cast<const uint32_t*>(from + i * 512);
+            b[i][o] = make_uint4(__ldcg(words), __ldcg(words + 32), __ldcg(words + 64),
+                                 __ldcg(words + 96));
           }
         }
       }
@@ -291,13 +326,13 @@ class TileAttention {
         __syncthreads();
         q_is_there_ = true;
       }
-      if (keys.k == nullptr) continue;
+      if (kMasked && keys.k == nullptr) continue;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        if (first + i >= groups) continue;
-        const char* const q = shared_.q() + g * shared_.q_stride() + (first + i) * 64 + c * 16;
+        if (kDk == 0 && first + i >= groups) continue;
+        const char* const q = shared_.q() + g * q_stride() + (first + i) * 64 + c * 16;
         const uint4 low = *reinterpret_cast<const uint4*>(q);
-        const uint4 high = *reinterpret_cast<const uint4*>(q + 8 * shared_.q_stride());
+        const uint4 high = *reinterpret_cast<const uint4*>(q + 8 * q_stride());
 #pragma unroll
         for (int o = 0; o < 2; ++o) {
           MultiplyAdd<T>(s[o], low.x, high.x, low.y, high.y, b[i][o].x, b[i][o].y);
@@ -311,7 +346,7 @@ class TileAttention {
   const float scale_log2_;
   const char* q_ = nullptr;
   bool q_is_there_ = false;
-  float o_[4][4];
+  float o_[kMatrices][4];
   float max_[2];  // in units of log2
   float sum_[2];  // of this lane's keys
 };
@@ -321,10 +356,8 @@ class TileAttention {
 __device__ inline bool ArrivesLast(int32_t* counter, int32_t num_arrivals, int32_t* flag) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    const bool is_last = atomicAdd(counter, 1) == num_arrivals - 1;
+    const bool is_last = AddInOrder(counter, 1) == num_arrivals - 1;
     if (is_last) *counter = 0;
-    __threadfence();
     *flag = is_last ? 1 : 0;
   }
   __syncthreads();
@@ -355,26 +388,36 @@ __device__ inline void WeighParts(const float2* stats, int32_t num_parts, int32_
     sum += part[i].x * part[i].y;
   }
   for (int mask = 1; mask < 16; mask *= 2) sum += __shfl_xor_sync(kFullWarp, sum, mask);
+  const float inverse = __fdividef(1.0f, sum);
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
-    if (first + 16 * i < num_parts) weights[(first + 16 * i) * 16 + head] = part[i].x / sum;
+    if (first + 16 * i < num_parts) weights[(first + 16 * i) * 16 + head] = part[i].x * inverse;
   }
   if (first == 0) lse[head] = num_parts > 0 ? max + Log2(sum) : -INFINITY;
 }
 
-// Four values of a head of 16 from the parts: o [num_parts,stride_heads,Dv] from the first of the
-// 16 on; weights as of WeighParts.
+// Four values of a head of 16 from the parts: o [num_parts] at a distance of part_stride; weights
+// as of WeighParts. kBatch loads are on their way together.
+template <int kBatch>
 __device__ inline float4 MergeParts(const float* o, int32_t num_parts, int64_t part_stride,
-                                    const float* weights, int32_t head, int64_t place) {
+                                    const float* weights, int32_t head) {
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-  for (int32_t part = 0; part < num_parts; ++part) {
-    const float4 value = __ldcg(reinterpret_cast<const float4*>(o + part * part_stride + place));
-    const float weight = weights[part * 16 + head];
-    sum.x = fmaf(weight, value.x, sum.x);
-    sum.y = fmaf(weight, value.y, sum.y);
-    sum.z = fmaf(weight, value.z, sum.z);
-    sum.w = fmaf(weight, value.w, sum.w);
+  for (int32_t first = 0; first < num_parts; first += kBatch) {
+    float4 values[kBatch];
+#pragma unroll
+    for (int32_t i = 0; i < kBatch; ++i) {
+      if (first + i >= num_parts) continue;
+      values[i] = __ldcg(reinterpret_cast<const float4*>(o + (first + i) * part_stride));
+    }
+#pragma unroll
+    for (int32_t i = 0; i < kBatch; ++i) {
+      if (first + i >= num_parts) continue;
+      const float weight = weights[(first + i) * 16 + head];
+      sum.x = fmaf(weight, values[i].x, sum.x);
+      sum.y = fmaf(weight, values[i].y, sum.y);
+      sum.z = fmaf(weight, values[i].z, sum.z);
+      sum.w = fmaf(weight, values[i].w, sum.w);
+    }
   }
   return sum;
 }

@@ -41,14 +41,19 @@ constexpr int32_t NumHeadTiles(const AttentionDims& dims) {
   return (dims.num_q_heads / dims.num_kv_heads + kDecodeTileHeads - 1) / kDecodeTileHeads;
 }
 
+// Positions are below 2^31: divisions of 64 bits would cost more than a tile's arithmetic.
+constexpr int32_t Quotient(int64_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+}
+
 // Blocks that the query at `position` may select, its own the last.
 constexpr int32_t NumCandidates(const AttentionDims& dims, int64_t position) {
-  return static_cast<int32_t>(position / dims.select_block_tokens) + 1;
+  return Quotient(position, dims.select_block_tokens) + 1;
 }
 
 constexpr DecodeKeys SummaryKeys(const AttentionDims& dims, int64_t position) {
   const int64_t behind = position + 1 - dims.compress_block_tokens;
-  return {0, behind < 0 ? 0 : static_cast<int32_t>(behind / dims.compress_stride_tokens) + 1};
+  return {0, behind < 0 ? 0 : Quotient(behind, dims.compress_stride_tokens) + 1};
 }
 
 // Lists end with the query's own block, which counts up to the query's token.
@@ -56,8 +61,9 @@ constexpr DecodeKeys SelectedKeys(const AttentionDims& dims, int64_t position) {
   const int32_t candidates = NumCandidates(dims, position);
   const int32_t picks =
       candidates < dims.num_selected_blocks ? candidates : dims.num_selected_blocks;
-  return {0, (picks - 1) * dims.select_block_tokens +
-                 static_cast<int32_t>(position % dims.select_block_tokens) + 1};
+  const auto in_block =
+      static_cast<int32_t>(position - int64_t{candidates - 1} * dims.select_block_tokens);
+  return {0, (picks - 1) * dims.select_block_tokens + in_block + 1};
 }
 
 // The token that key 0 of the window is.
@@ -84,10 +90,10 @@ struct DecodePartsLayout {
 struct DecodeScratch {
   int32_t num_heads;        // of the group, padded
   int32_t blocks_per_tile;  // select blocks that the summaries of one tile can reach
-  int64_t counters;         // int32 [1 + head tiles]: arrivals of DecodeSelect, of DecodeAttend
-  int64_t tile_max;         // [tiles,heads] f32, the maximum that `reach` is relative to
-  int64_t reach;            // [tiles,blocks_per_tile,heads] f32, sums of 2^(s - max) by block
-  int64_t scores;           // [blocks] f32
+  int64_t counters;  // int32 [2 + head tiles]: arrivals of DecodeSelect, of DecodeAttend, items
+  int64_t tile_max;  // [tiles,heads] f32, the maximum that `reach` is relative to
+  int64_t reach;     // [tiles,blocks_per_tile,heads] f32, sums of 2^(s - max) by block
+  int64_t scores;    // [blocks] f32
   DecodePartsLayout cmp, slc, win;
   int64_t merged;  // [heads,Dv] f32, o_cmp
   int64_t bytes;   // of all
@@ -116,7 +122,7 @@ constexpr DecodeScratch MakeDecodeScratch(const AttentionDims& dims, int64_t max
   const int64_t last = max_tokens > 0 ? max_tokens - 1 : 0;
   const int64_t summaries = SummaryKeys(dims, last).end;
   const int64_t tiles = (summaries + kDecodeTileKeys - 1) / kDecodeTileKeys;
-  s.counters = take((1 + NumHeadTiles(dims)) * 4);
+  s.counters = take((2 + NumHeadTiles(dims)) * 4);
   s.tile_max = take(tiles * s.num_heads * 4);
   s.reach = take(tiles * s.blocks_per_tile * s.num_heads * 4);
   s.scores = take(int64_t{NumCandidates(dims, last)} * 4);
