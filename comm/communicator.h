@@ -2,8 +2,8 @@
 //
 // Every rank makes the same collective calls in the same order. A call with a `stream` enqueues its
 // work there and returns OK when enqueued; host backends ignore `stream` and have finished when
-// they return. One thread of a rank calls at a time; Abort and HealthCheck may come from any
-// thread.
+// they return. One thread of a rank calls at a time; Abort, HealthCheck and LostRanks may
+// come from any thread.
 //
 // Errors. Every wait has the communicator's deadline (`timeout`):
 //   DeadlineExceeded  a peer did not arrive; the message names who waited for whom, in which call;

@@ -136,7 +136,7 @@ class KvCache {
   // pages and uploads what the kernels need to know, and RunStep, which only enqueues kernels. The
   // latter may be captured in a CUDA graph where is_reachable(); a graph serves every later step of
   // as many rows (or fewer) and the same tensors, each launched after its own PlanStep on the same
-  // stream.
+  // stream. PlanStep is local; where not is_reachable(), RunStep is what is collective.
   absl::Status Step(absl::Span<const StepSequence> batch, const StepInputs& inputs,
                     const StepOutputs& outputs, void* stream = nullptr);
   virtual absl::Status PlanStep(absl::Span<const StepSequence> batch, void* stream = nullptr) = 0;
