@@ -45,21 +45,23 @@ __device__ inline void MergeCompressed(const AttentionDims& dims, const ScratchP
   WeighParts(scratch.stats(layout.cmp) + heads.first, num_parts, layout.num_heads, weights,
              shared.of_heads());
   __syncthreads();
-  const int32_t pieces = dims.head_dim_v / 4;
+  const int32_t pieces = dims.head_dim_v / 8;
   for (int32_t i = threadIdx.x; i < kHeads * pieces; i += kDecodeThreads) {
     const int32_t head = quarter * kHeads + i / pieces;
-    const int32_t place = (heads.first + head) * dims.head_dim_v + i % pieces * 4;
-    *reinterpret_cast<float4*>(scratch.floats(layout.merged) + place) =
-        MergeParts<16>(scratch.o(layout.cmp) + place, num_parts,
-                       int64_t{layout.num_heads} * dims.head_dim_v, weights, head);
+    const int32_t place = (heads.first + head) * dims.head_dim_v + i % pieces * 8;
+    float sum[8] = {};
+    MergeParts(scratch.o(layout.cmp) + place, num_parts,
+               int64_t{layout.num_heads} * dims.head_dim_v, weights, head, sum);
+    auto* const to = reinterpret_cast<float4*>(scratch.floats(layout.merged) + place);
+    to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
   }
 }
 
 // Merges the branches. All threads.
-template <class T>
-__device__ void StoreOutputs(const DecodeAttendParams& params, const ScratchPlace& scratch,
-                             const DecodeShared& shared, const AttendHeads& heads,
-                             int64_t position) {
+__device__ inline void StoreOutputs(const DecodeAttendParams& params, const ScratchPlace& scratch,
+                                    const DecodeShared& shared, const AttendHeads& heads,
+                                    int64_t position) {
   const AttentionDims& dims = params.dims;
   const DecodeScratch& layout = scratch.layout;
   const int32_t num_slc = SelectedKeys(dims, position).num_parts();
@@ -74,35 +76,35 @@ __device__ void StoreOutputs(const DecodeAttendParams& params, const ScratchPlac
              win_lse);
   __syncthreads();
 
+  // A thread takes 8 dimensions, and what it loads is on its way together: each round trip shows.
   const bool has_summaries = SummaryKeys(dims, position).end > 0;
   const int64_t part_stride = int64_t{layout.num_heads} * dims.head_dim_v;
-  const int32_t pieces = dims.head_dim_v / 4;
-#pragma unroll 2
+  const int32_t pieces = dims.head_dim_v / 8;
   for (int32_t i = threadIdx.x; i < heads.count * pieces; i += kDecodeThreads) {
-    const int32_t head = i / pieces, dim = i % pieces * 4, q_head = heads.first_q + head;
+    const int32_t head = i / pieces, dim = i % pieces * 8, q_head = heads.first_q + head;
     const int32_t place = (heads.first + head) * dims.head_dim_v + dim;
     float gate[3];
+#pragma unroll
     for (int b = 0; b < 3; ++b) {
       gate[b] =
           LoadFloat(params.gate_dtype, params.gate,
                     heads.row * params.gate_row_stride + q_head * params.gate_head_stride + b);
     }
-    float4 cmp = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (has_summaries) {
-      cmp = __ldcg(reinterpret_cast<const float4*>(scratch.floats(layout.merged) + place));
+    float cmp[8] = {}, slc[8] = {}, win[8] = {}, o[8];
+    if (has_summaries) AddPart(scratch.floats(layout.merged) + place, 1.0f, cmp);
+    MergeParts(scratch.o(layout.slc) + place, num_slc, part_stride, slc_weights, head, slc);
+    MergeParts(scratch.o(layout.win) + place, num_win, part_stride, win_weights, head, win);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      o[e] = fmaf(gate[0], cmp[e], fmaf(gate[1], slc[e], gate[2] * win[e]));
     }
-    const float4 slc =
-        MergeParts<8>(scratch.o(layout.slc) + place, num_slc, part_stride, slc_weights, head);
-    const float4 win =
-        MergeParts<8>(scratch.o(layout.win) + place, num_win, part_stride, win_weights, head);
-    const auto mix = [&](float a, float b, float c) {
-      return fmaf(gate[0], a, fmaf(gate[1], b, gate[2] * c));
+    const auto store = [&](const Tensor3& to, const float(&values)[8]) {
+      StoreFloats(dims.dtype, to.data, heads.row * to.row_stride + q_head * to.head_stride + dim,
+                  values);
     };
-    StoreFour<T>(params.o, heads.row, q_head, dim,
-                 make_float4(mix(cmp.x, slc.x, win.x), mix(cmp.y, slc.y, win.y),
-                             mix(cmp.z, slc.z, win.z), mix(cmp.w, slc.w, win.w)));
-    if (params.o_slc.data != nullptr) StoreFour<T>(params.o_slc, heads.row, q_head, dim, slc);
-    if (params.o_win.data != nullptr) StoreFour<T>(params.o_win, heads.row, q_head, dim, win);
+    store(params.o, o);
+    if (params.o_slc.data != nullptr) store(params.o_slc, slc);
+    if (params.o_win.data != nullptr) store(params.o_win, win);
     if (dim != 0) continue;
     const int64_t of_head = heads.row * dims.num_q_heads + q_head;
     if (params.lse_slc != nullptr) params.lse_slc[of_head] = slc_lse[head] * kLn2;
@@ -139,7 +141,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeAttendCtas)
   heads.count = min(kDecodeTileHeads, group_size - heads.first);
   heads.first_q = heads.kv_head * group_size + heads.first;
   const int64_t row_head = heads.row * dims.num_kv_heads + heads.kv_head;
-  const DecodeShared shared(dims, memory);
+  const DecodeShared shared(dims, memory, DecodeShared::TileBytes(dims));
   const ScratchPlace scratch(params.scratch, layout, row_head);
 
   if (merges) {
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeAttendCtas)
   }
   const int32_t num_arrivals = keys.num_parts() + (summaries.end > 0 ? kMergeParts : 0);
   if (ArrivesLast(scratch.counters() + 1 + head_tile, num_arrivals, shared.words() + 15)) {
-    StoreOutputs<T>(params, scratch, shared, heads, row.position);
+    StoreOutputs(params, scratch, shared, heads, row.position);
   }
 }
 

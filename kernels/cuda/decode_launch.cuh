@@ -78,12 +78,21 @@ cudaError_t LaunchDecodeSelect(const DecodeSelectParams& params, const Device& d
   const int64_t most_items = params.num_rows * dims.num_kv_heads * NumHeadTiles(dims) * most_parts;
   const auto ctas = static_cast<unsigned>(
       std::min<int64_t>(most_items, int64_t{device.num_sms} * kDecodeSelectCtas));
+  // Room for the scores of all blocks, if that leaves as many CTAs on an SM.
+  constexpr int32_t kReservedBytes = 1024;  // of a CTA
+  const int64_t score_bytes = (int64_t{NumCandidates(dims, last)} * 4 + 15) / 16 * 16;
+  const int32_t most_bytes = (device.max_shared_bytes / kDecodeSelectCtas - kReservedBytes -
+                              DecodeShared::OtherBytes(dims)) /
+                             16 * 16;
+  const auto values_bytes = static_cast<int32_t>(
+      std::max<int64_t>(DecodeShared::TileBytes(dims), std::min<int64_t>(score_bytes, most_bytes)));
   return WithShape<kOverlaps>(dims, [&](auto type, auto dk, auto dv) {
     const auto kernel =
         DecodeSelectKernel<decltype(type), decltype(dk)::value, decltype(dv)::value, kOverlaps>;
-    return LaunchAfter<DecodeSelectParams, DecodeScratch>(
-        kOverlaps, kernel, dim3(ctas), kDecodeThreads, DecodeShared::Bytes(dims), stream, params,
-        MakeDecodeScratch(dims, params.max_tokens));
+    return LaunchAfter<DecodeSelectParams, DecodeScratch, int32_t>(
+        kOverlaps, kernel, dim3(ctas), kDecodeThreads,
+        values_bytes + DecodeShared::OtherBytes(dims), stream, params,
+        MakeDecodeScratch(dims, params.max_tokens), values_bytes);
   });
 }
 
@@ -97,7 +106,8 @@ cudaError_t LaunchDecodeAttend(const DecodeAttendParams& params, cudaStream_t st
     const auto kernel =
         DecodeAttendKernel<decltype(type), decltype(dk)::value, decltype(dv)::value, kOverlaps>;
     return LaunchAfter<DecodeAttendParams, DecodeScratch>(
-        kOverlaps, kernel, grid, kDecodeThreads, DecodeShared::Bytes(dims), stream, params,
+        kOverlaps, kernel, grid, kDecodeThreads,
+        DecodeShared::TileBytes(dims) + DecodeShared::OtherBytes(dims), stream, params,
         MakeDecodeScratch(dims, params.max_tokens));
   });
 }

@@ -7,8 +7,8 @@
 // importance of all blocks, from which it chooses: by a search for the n-th best key, 11 bits at a
 // time.
 //
-// Shared memory: DecodeShared. For the choice, instead of V: sums of tiles and scores, where these
-// fit (else they are in the scratch), and instead of probabilities the counts.
+// Shared memory: DecodeShared. For the choice, instead of V: scores, where they fit (else they are
+// in the scratch); instead of probabilities, lse and what the search counts.
 #ifndef KERNELS_CUDA_DECODE_SELECT_CUH_
 #define KERNELS_CUDA_DECODE_SELECT_CUH_
 
@@ -120,18 +120,12 @@ class Chooser {
         shared_(shared),
         keys_(SummaryKeys(params.dims, position)),
         num_candidates_(NumCandidates(params.dims, position)) {
-    const int32_t num_sums = keys_.num_tiles() * scratch.layout.blocks_per_tile;
-    sums_ = scratch.floats(scratch.layout.reach);
-    sums_stride_ = scratch.layout.num_heads;
-    scores_ = scratch.floats(scratch.layout.scores);
-    if ((num_sums + num_candidates_) * 4 <= shared.values_bytes()) {
-      sums_ = reinterpret_cast<float*>(shared.values());
-      sums_stride_ = 1;
-      scores_ = sums_ + num_sums;
-    }
+    scores_ = num_candidates_ * 4 <= shared.values_bytes ? reinterpret_cast<float*>(shared.values())
+                                                         : scratch.floats(scratch.layout.scores);
   }
 
-  __device__ void Run(int32_t* to) {
+  // Not inlined, for the registers of the loop over tiles.
+  __device__ __noinline__ void Run(int32_t* to) {
     const int32_t num_selected = dims_.num_selected_blocks;
     const int32_t num_free = num_selected - dims_.num_initial_blocks - dims_.num_local_blocks;
     if (num_candidates_ <= num_selected) {
@@ -148,73 +142,84 @@ class Chooser {
       }
     }
     if (num_free == 0) return;
-    AddHeads();
     MakeScores();
-    __syncthreads();
-    Choose(num_free, to + dims_.num_initial_blocks);
+    if (!ChooseFew(num_free, to + dims_.num_initial_blocks)) {
+      __syncthreads();
+      Choose(num_free, to + dims_.num_initial_blocks);
+    }
   }
 
  private:
-  // What each tile gives to blocks, summed over the heads, each by 2^(maximum of the tile - lse).
-  // Four lanes take a block, of 4 of 16 heads each.
-  __device__ void AddHeads() {
-    constexpr int kTiles = 2, kBatch = 5;  // of 8 blocks: a tile's 34
+  // NSA equations 9 and 10: adds up what each tile gives to blocks over the heads, each by
+  // 2^(maximum of the tile - lse). Four lanes take a block, of 4 of 16 heads each.
+  __device__ __forceinline__ void MakeScores() {
+    constexpr int kTiles = 4, kBatch = 5;  // of 8 blocks: a tile's 34
     const DecodeScratch& layout = scratch_.layout;
     const int32_t num_heads = layout.num_heads, num_places = layout.blocks_per_tile;
     const int32_t group_size = dims_.num_q_heads / dims_.num_kv_heads;
+    const int32_t strides = dims_.select_block_tokens / dims_.compress_stride_tokens;
+    const int32_t overlap = dims_.compress_block_tokens / dims_.compress_stride_tokens;
+    const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float* const tile_max = scratch_.floats(layout.tile_max);
     const float* const reach = scratch_.floats(layout.reach);
-    const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float* const lse = shared_.p32();  // [num_heads]
+    for (int32_t i = threadIdx.x; i < num_candidates_; i += kDecodeThreads) scores_[i] = 0.0f;
     for (int32_t first = 0; first < num_heads; first += kDecodeTileHeads) {
-      __syncthreads();  // of the 16 heads before
       WeighParts(scratch_.stats(layout.cmp) + first, keys_.num_parts(), num_heads,
-                 reinterpret_cast<float*>(shared_.p()), shared_.of_heads());
-      __syncthreads();
-      const int32_t head = first + lane % 4 * 4;
-      float4 lse = *reinterpret_cast<const float4*>(shared_.of_heads() + lane % 4 * 4);
-      if (head >= group_size) lse.x = INFINITY;
-      if (head + 1 >= group_size) lse.y = INFINITY;
-      if (head + 2 >= group_size) lse.z = INFINITY;
-      if (head + 3 >= group_size) lse.w = INFINITY;
-      for (int32_t tile = warp; tile < keys_.num_tiles(); tile += kTiles * kDecodeWarps) {
-        for (int32_t begin = lane / 4; begin < num_places + lane / 4; begin += 8 * kBatch) {
+                 reinterpret_cast<float*>(shared_.p()), lse + first);
+    }
+    __syncthreads();
+    // A block gets something of two tiles at most, and then their order does not matter; else one
+    // warp adds it all up in order.
+    const bool any_order = strides + overlap <= kDecodeTileKeys + 2;
+    const int32_t step = any_order ? kDecodeWarps : 1;
+    const int32_t first_tile = any_order ? warp : warp == 0 ? 0 : keys_.num_tiles();
+    for (int32_t tile = first_tile; tile < keys_.num_tiles(); tile += kTiles * step) {
+      for (int32_t begin = lane / 4; begin < num_places + lane / 4; begin += 8 * kBatch) {
+        float sums[kTiles][kBatch] = {};
+        for (int32_t head = lane % 4 * 4; head < num_heads; head += kDecodeTileHeads) {
           float4 max[kTiles], values[kTiles][kBatch];  // on their way together
 #pragma unroll
           for (int u = 0; u < kTiles; ++u) {
-            const int64_t of_tile = tile + u * kDecodeWarps;
-            max[u] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (of_tile < keys_.num_tiles()) {
-              max[u] =
-                  __ldcg(reinterpret_cast<const float4*>(tile_max + of_tile * num_heads + head));
-            }
+            const int64_t of_tile = min(tile + u * step, keys_.num_tiles() - 1);
+            max[u] = __ldcg(reinterpret_cast<const float4*>(tile_max + of_tile * num_heads + head));
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-              const int32_t place = begin + 8 * i;
-              values[u][i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-              if (place < num_places && of_tile < keys_.num_tiles()) {
-                values[u][i] = __ldcg(reinterpret_cast<const float4*>(
-                    reach + (of_tile * num_places + place) * num_heads + head));
-              }
+              const int32_t place = min(begin + 8 * i, num_places - 1);
+              values[u][i] = __ldcg(reinterpret_cast<const float4*>(
+                  reach + (of_tile * num_places + place) * num_heads + head));
             }
           }
+          const auto factor_of = [&](float tile_max, int32_t h) {
+            return h < group_size ? Exp2(tile_max - lse[h]) : 0.0f;
+          };
 #pragma unroll
           for (int u = 0; u < kTiles; ++u) {
-            const int64_t of_tile = tile + u * kDecodeWarps;
-            const float4 factor = make_float4(Exp2(max[u].x - lse.x), Exp2(max[u].y - lse.y),
-                                              Exp2(max[u].z - lse.z), Exp2(max[u].w - lse.w));
+            const float4 factor =
+                make_float4(factor_of(max[u].x, head), factor_of(max[u].y, head + 1),
+                            factor_of(max[u].z, head + 2), factor_of(max[u].w, head + 3));
 #pragma unroll
             for (int i = 0; i < kBatch; ++i) {
-              const int32_t place = begin + 8 * i;
               const float4& value = values[u][i];
-              float sum =
-                  fmaf(value.x, factor.x,
-                       fmaf(value.y, factor.y, fmaf(value.z, factor.z, value.w * factor.w)));
-              sum += __shfl_xor_sync(kFullWarp, sum, 1);
-              sum += __shfl_xor_sync(kFullWarp, sum, 2);
-              if (lane % 4 == 0 && place < num_places && of_tile < keys_.num_tiles()) {
-                float* const to = sums_ + (of_tile * num_places + place) * sums_stride_;
-                *to = first == 0 ? sum : *to + sum;
-              }
+              sums[u][i] = fmaf(value.x, factor.x,
+                                fmaf(value.y, factor.y,
+                                     fmaf(value.z, factor.z, fmaf(value.w, factor.w, sums[u][i]))));
+            }
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < kTiles; ++u) {
+          const int32_t of_tile = tile + u * step;
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            float sum = sums[u][i];
+            sum += __shfl_xor_sync(kFullWarp, sum, 1);
+            sum += __shfl_xor_sync(kFullWarp, sum, 2);
+            const int32_t place = begin + 8 * i;
+            const int32_t block = of_tile * kDecodeTileKeys / strides + place;
+            if (lane % 4 == 0 && place < num_places && of_tile < keys_.num_tiles() &&
+                block < num_candidates_) {
+              atomicAdd(scores_ + block, sum);
             }
           }
         }
@@ -223,30 +228,73 @@ class Chooser {
     __syncthreads();
   }
 
-  // NSA equations 9 and 10 of the blocks that are not forced.
-  __device__ void MakeScores() {
-    const int32_t strides = dims_.select_block_tokens / dims_.compress_stride_tokens;
-    const int32_t overlap = dims_.compress_block_tokens / dims_.compress_stride_tokens;
+  // Writes the `count` best blocks in ascending order, if they are few and stand out; else returns
+  // false. As many groups of threads have one that is no worse than the count-th best of the
+  // groups' best; what is no worse than that is ranked one by one.
+  __device__ bool ChooseFew(int32_t count, int32_t* to) {
+    constexpr int32_t kGroups = kDecodeThreads / 4, kMost = kDecodeThreads;
+    if (count > kGroups) return false;
+    auto* const best = reinterpret_cast<uint32_t*>(shared_.p());       // [kGroups]
+    auto* const keys = reinterpret_cast<uint64_t*>(best + kGroups);    // [kMost]
+    auto* const is_chosen = reinterpret_cast<int32_t*>(keys + kMost);  // [kMost]
+    int32_t* const words = shared_.words();
+    uint32_t top = 0;
 #pragma unroll 4
     for (int32_t block = begin() + threadIdx.x; block < end(); block += kDecodeThreads) {
-      const int32_t first = max(block * strides - overlap + 1, 0) / kDecodeTileKeys;
-      const int32_t last = min(block * strides + strides, keys_.end) - 1;
-      float score = 0.0f;
-      for (int32_t tile = first; tile * kDecodeTileKeys <= last; ++tile) {
-        const int32_t place = block - tile * kDecodeTileKeys / strides;
-        score += sums_[(int64_t{tile} * scratch_.layout.blocks_per_tile + place) * sums_stride_];
-      }
-      scores_[block] = score;
+      top = max(top, ScoreKey(scores_[block]));
     }
+    top = max(top, __shfl_xor_sync(kFullWarp, top, 1));
+    top = max(top, __shfl_xor_sync(kFullWarp, top, 2));
+    if (threadIdx.x % 4 == 0) best[threadIdx.x / 4] = top;
+    if (threadIdx.x == 0) words[0] = 0;
+    __syncthreads();
+    if (threadIdx.x < kGroups) {
+      const uint32_t mine = best[threadIdx.x];
+      int32_t rank = 0;
+#pragma unroll 16
+      for (int32_t i = 0; i < kGroups; ++i) {
+        rank +=
+            best[i] > mine || (best[i] == mine && i < static_cast<int32_t>(threadIdx.x)) ? 1 : 0;
+      }
+      if (rank == count - 1) words[1] = static_cast<int32_t>(mine);
+    }
+    __syncthreads();
+    const auto least = static_cast<uint32_t>(words[1]);
+#pragma unroll 4
+    for (int32_t block = begin() + threadIdx.x; block < end(); block += kDecodeThreads) {
+      const uint32_t key = ScoreKey(scores_[block]);
+      if (key < least) continue;
+      const int32_t place = atomicAdd(words, 1);
+      if (place < kMost)
+        keys[place] = static_cast<uint64_t>(key) << 32 | ~static_cast<uint32_t>(block);
+    }
+    __syncthreads();
+    const int32_t num_keys = words[0], mine = threadIdx.x;
+    if (num_keys > kMost) return false;
+    if (mine < num_keys) {
+      int32_t rank = 0;
+      for (int32_t i = 0; i < num_keys; ++i) rank += keys[i] > keys[mine] ? 1 : 0;
+      is_chosen[mine] = rank < count ? 1 : 0;
+    }
+    __syncthreads();
+    if (mine < num_keys && is_chosen[mine] != 0) {
+      const auto block_of = [&](int32_t i) { return ~static_cast<uint32_t>(keys[i]); };
+      int32_t place = 0;
+      for (int32_t i = 0; i < num_keys; ++i) {
+        place += is_chosen[i] != 0 && block_of(i) < block_of(mine) ? 1 : 0;
+      }
+      to[place] = static_cast<int32_t>(block_of(mine));
+    }
+    return true;
   }
 
-  // Writes the `count` best blocks in ascending order.
+  // The same of any blocks, by a search for the last one's key, 11 bits at a time.
   __device__ void Choose(int32_t count, int32_t* to) {
     constexpr int kBits = 11, kDigits = 1 << kBits, kPerThread = kDigits / kDecodeThreads;
     auto* const counts = reinterpret_cast<int32_t*>(shared_.p());
-    int32_t* const words = shared_.words();  // [8] for scans, digit, how many are left to choose
-    uint32_t known = 0;                      // of the last key that is chosen
-    int32_t left = count;                    // to choose of those that share `known`
+    int32_t* const words = shared_.words();
+    uint32_t known = 0;    // of the last key that is chosen
+    int32_t left = count;  // to choose of those that share `known`
     for (int32_t shift = 32 - kBits; shift > -kBits; shift -= kBits) {
       const int32_t low = max(shift, 0), bits = kBits - (low - shift);
       for (int32_t i = threadIdx.x; i < kDigits; i += kDecodeThreads) counts[i] = 0;
@@ -268,12 +316,12 @@ class Chooser {
       if (better < left && better + sum >= left) {
         int32_t digit = top;
         for (; better + counts[digit] < left; --digit) better += counts[digit];
-        words[8] = digit;
-        words[9] = left - better;
+        words[12] = digit;
+        words[13] = left - better;
       }
       __syncthreads();
-      known = known << bits | static_cast<uint32_t>(words[8]);
-      left = words[9];
+      known = known << bits | static_cast<uint32_t>(words[12]);
+      left = words[13];
     }
     // Each thread has blocks in a row; of equal ones the first are chosen.
     const int32_t per_thread = (end() - begin() + kDecodeThreads - 1) / kDecodeThreads;
@@ -304,19 +352,17 @@ class Chooser {
   const DecodeShared shared_;
   const DecodeKeys keys_;
   const int32_t num_candidates_;
-  float* sums_;  // [tiles,blocks_per_tile]
-  int32_t sums_stride_;
   float* scores_;  // [blocks]
 };
 
 // o_cmp and lse_cmp of all heads of a (row, kv head), for a caller who looks. All threads.
-template <class T>
-__device__ void StoreCompressed(const DecodeSelectParams& params, const ScratchPlace& scratch,
-                                const DecodeShared& shared, int64_t row, int32_t kv_head,
-                                int32_t num_parts) {
+__device__ __noinline__ inline void StoreCompressed(const DecodeSelectParams& params,
+                                                    const ScratchPlace& scratch,
+                                                    const DecodeShared& shared, int64_t row,
+                                                    int32_t kv_head, int32_t num_parts) {
   const AttentionDims& dims = params.dims;
   const int32_t group_size = dims.num_q_heads / dims.num_kv_heads;
-  const int32_t num_heads = scratch.layout.num_heads, pieces = dims.head_dim_v / 4;
+  const int32_t num_heads = scratch.layout.num_heads, pieces = dims.head_dim_v / 8;
   for (int32_t first = 0; first < num_heads; first += kDecodeTileHeads) {
     auto* const weights = reinterpret_cast<float*>(shared.p());
     __syncthreads();
@@ -324,14 +370,15 @@ __device__ void StoreCompressed(const DecodeSelectParams& params, const ScratchP
                shared.of_heads());
     __syncthreads();
     for (int32_t i = threadIdx.x; i < kDecodeTileHeads * pieces; i += kDecodeThreads) {
-      const int32_t head = i / pieces, dim = i % pieces * 4;
+      const int32_t head = i / pieces, dim = i % pieces * 8;
       if (first + head >= group_size) break;
       const int32_t q_head = kv_head * group_size + first + head;
       if (params.o_cmp.data != nullptr) {
-        StoreFour<T>(
-            params.o_cmp, row, q_head, dim,
-            MergeParts<8>(scratch.o(scratch.layout.cmp) + (first + head) * dims.head_dim_v + dim,
-                          num_parts, int64_t{num_heads} * dims.head_dim_v, weights, head));
+        float o[8] = {};
+        MergeParts(scratch.o(scratch.layout.cmp) + (first + head) * dims.head_dim_v + dim,
+                   num_parts, int64_t{num_heads} * dims.head_dim_v, weights, head, o);
+        StoreFloats(dims.dtype, params.o_cmp.data,
+                    row * params.o_cmp.row_stride + q_head * params.o_cmp.head_stride + dim, o);
       }
       if (params.lse_cmp != nullptr && dim == 0) {
         params.lse_cmp[row * dims.num_q_heads + q_head] = shared.of_heads()[head] * kLn2;
@@ -344,11 +391,11 @@ __device__ void StoreCompressed(const DecodeSelectParams& params, const ScratchP
 template <class T, int kDk, int kDv, bool kOverlaps>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeSelectCtas)
     DecodeSelectKernel(const __grid_constant__ DecodeSelectParams params,
-                       const __grid_constant__ DecodeScratch layout) {
+                       const __grid_constant__ DecodeScratch layout, int32_t values_bytes) {
   extern __shared__ __align__(128) char memory[];
   if constexpr (kOverlaps) LetNextGridStart();
   const AttentionDims& dims = params.dims;
-  const DecodeShared shared(dims, memory);
+  const DecodeShared shared(dims, memory, values_bytes);
   const int32_t group_size = dims.num_q_heads / dims.num_kv_heads;
   const int32_t warp = threadIdx.x / 32;
   TileAttention<T, kDk, kDv> attention(dims, shared);
@@ -356,11 +403,14 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeSelectCtas)
   // takes fewer. There are as many tickets as items, and who draws the last one puts them back.
   int32_t* const tickets =
       ScratchPlace(params.scratch, layout, 0).counters() + 1 + NumHeadTiles(dims);
-  int32_t index = blockIdx.x;
+  // The first warp finds items for all. Rows, tables and q were there before the tokens were
+  // appended, so nothing has to be waited for until there are keys to read.
+  auto* const shared_item = reinterpret_cast<SelectItem*>(shared.words() + 8);
+  if (warp == 0) *shared_item = FindItem(params, blockIdx.x);
   bool waits = kOverlaps;
   for (;;) {
-    // Rows, tables and q were there before the tokens were appended, so they need no waiting.
-    const SelectItem item = FindItem(params, index);
+    __syncthreads();
+    const SelectItem item = *shared_item;
     if (item.row < 0) {
       if (threadIdx.x == 0 && item.part == static_cast<int32_t>(gridDim.x) - 1) *tickets = 0;
       break;
@@ -447,12 +497,11 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeSelectCtas)
           .Run(params.block_indices +
                (int64_t{item.row} * dims.num_kv_heads + item.kv_head) * dims.num_selected_blocks);
       if (params.o_cmp.data != nullptr || params.lse_cmp != nullptr) {
-        StoreCompressed<T>(params, scratch, shared, item.row, item.kv_head, keys.num_parts());
+        StoreCompressed(params, scratch, shared, item.row, item.kv_head, keys.num_parts());
       }
     }
-    if (threadIdx.x == 0) shared.words()[14] = next;
-    __syncthreads();
-    index = shared.words()[14];
+    __syncthreads();  // all have read the item
+    if (warp == 0) *shared_item = FindItem(params, __shfl_sync(kFullWarp, next, 0));
   }
   if constexpr (kOverlaps) WaitForGridBefore();
 }

@@ -47,20 +47,27 @@ struct DecodeShared {
 
   char* memory;
   int32_t head_dim_qk, head_dim_v;
+  int32_t values_bytes;
 
-  __device__ DecodeShared(const AttentionDims& dims, char* shared)
-      : memory(shared), head_dim_qk(dims.head_dim_qk), head_dim_v(dims.head_dim_v) {}
+  __device__ DecodeShared(const AttentionDims& dims, char* shared, int32_t values_size)
+      : memory(shared),
+        head_dim_qk(dims.head_dim_qk),
+        head_dim_v(dims.head_dim_v),
+        values_bytes(values_size) {}
 
-  __host__ __device__ static int32_t Bytes(const AttentionDims& dims) {
-    return (kDecodeTileHeads * (dims.head_dim_qk * 2 + kQPadding)) +
-           kDecodeTileKeys * dims.head_dim_v * 2 + kFixedBytes;
+  static constexpr int32_t TileBytes(const AttentionDims& dims) {
+    return kDecodeTileKeys * dims.head_dim_v * 2;
+  }
+  // Of all but values.
+  static constexpr int32_t OtherBytes(const AttentionDims& dims) {
+    return kDecodeTileHeads * (dims.head_dim_qk * 2 + kQPadding) + kFixedBytes;
   }
 
-  // V of a tile, [16][Dv/8][8 keys][8 values]; between tiles, for what else there is.
+  // V of a tile, [16][Dv/8][8 keys][8 values]; between tiles, for what else there is: values_bytes,
+  // which are TileBytes at least and a multiple of 16.
   __device__ char* values() const { return memory; }
-  __device__ int32_t values_bytes() const { return kDecodeTileKeys * head_dim_v * 2; }
   // Probabilities [16][kPStride] in 16 bits.
-  __device__ char* p() const { return memory + values_bytes(); }
+  __device__ char* p() const { return memory + values_bytes; }
   // The same in f32 [16][kSumsStride].
   __device__ float* p32() const {
     return reinterpret_cast<float*>(p() + kDecodeTileHeads * kPStride * 2);
@@ -69,7 +76,8 @@ struct DecodeShared {
     return p32() + kDecodeTileHeads * kSumsStride;
   }
   __device__ float* of_heads() const { return of_warps() + kDecodeWarps * 16; }  // [16]
-  __device__ int32_t* words() const {                                            // [16]
+  // For scans [8], an item [4], what the search has found [2], whether the CTA is the last [1].
+  __device__ int32_t* words() const {  // [16]
     return reinterpret_cast<int32_t*>(of_heads() + 16);
   }
   __device__ char* q() const { return reinterpret_cast<char*>(words() + 16); }
@@ -396,39 +404,29 @@ __device__ inline void WeighParts(const float2* stats, int32_t num_parts, int32_
   if (first == 0) lse[head] = num_parts > 0 ? max + Log2(sum) : -INFINITY;
 }
 
-// Four values of a head of 16 from the parts: o [num_parts] at a distance of part_stride; weights
-// as of WeighParts. kBatch loads are on their way together.
-template <int kBatch>
-__device__ inline float4 MergeParts(const float* o, int32_t num_parts, int64_t part_stride,
-                                    const float* weights, int32_t head) {
-  float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  for (int32_t first = 0; first < num_parts; first += kBatch) {
-    float4 values[kBatch];
+// sum += weight * eight values.
+__device__ __forceinline__ void AddPart(const float* from, float weight, float (&sum)[8]) {
+  const float4 low = __ldcg(reinterpret_cast<const float4*>(from));
+  const float4 high = __ldcg(reinterpret_cast<const float4*>(from) + 1);
+  const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-    for (int32_t i = 0; i < kBatch; ++i) {
-      if (first + i >= num_parts) continue;
-      values[i] = __ldcg(reinterpret_cast<const float4*>(o + (first + i) * part_stride));
-    }
-#pragma unroll
-    for (int32_t i = 0; i < kBatch; ++i) {
-      if (first + i >= num_parts) continue;
-      const float weight = weights[(first + i) * 16 + head];
-      sum.x = fmaf(weight, values[i].x, sum.x);
-      sum.y = fmaf(weight, values[i].y, sum.y);
-      sum.z = fmaf(weight, values[i].z, sum.z);
-      sum.w = fmaf(weight, values[i].w, sum.w);
-    }
-  }
-  return sum;
+  for (int e = 0; e < 8; ++e) sum[e] = fmaf(weight, values[e], sum[e]);
 }
 
-// Four values of an output, 8 bytes.
-template <class T>
-__device__ inline void StoreFour(const Tensor3& to, int64_t row, int32_t head, int32_t dim,
-                                 const float4& value) {
-  *reinterpret_cast<uint2*>(static_cast<char*>(to.data) +
-                            (row * to.row_stride + head * to.head_stride + dim) * 2) =
-      make_uint2(Pack2<T>(value.x, value.y), Pack2<T>(value.z, value.w));
+// Adds up eight values of a head of 16 from the parts: o [num_parts] at a distance of part_stride;
+// weights as of WeighParts.
+__device__ __forceinline__ void MergeParts(const float* o, int32_t num_parts, int64_t part_stride,
+                                           const float* weights, int32_t head, float (&sum)[8]) {
+  constexpr int kBatch = 8;  // loads that are on their way together
+  for (int32_t first = 0; first < num_parts; first += kBatch) {
+#pragma unroll
+    for (int32_t i = 0; i < kBatch; ++i) {
+      // What is not there counts nothing, without a branch.
+      const int32_t part = min(first + i, num_parts - 1);
+      AddPart(o + part * part_stride, first + i < num_parts ? weights[part * 16 + head] : 0.0f,
+              sum);
+    }
+  }
 }
 
 }  // namespace nsa::kernels::cuda
