@@ -63,12 +63,14 @@ struct AppendTokensParams {
 // What the scratch of a step grows with; upper bounds do.
 struct DecodeLimits {
   int64_t num_rows;    // R
-  int64_t max_tokens;  // of a sequence
+  int64_t max_tokens;  // of a sequence; below 2^31
 };
 
 // Compressed attention over a sequence's summaries, importance and top-n (NSA equations 5 to 12):
 // what ScoreAndSelect computes for one query. Leaves o_cmp in the scratch for DecodeAttend, and
-// what else needs no selection: it may attend to the window.
+// what else needs no selection: it may attend to the window. It may begin while AppendTokens, which
+// stands before it in the stream, still runs: what a step is given has to be there before that
+// begins.
 struct DecodeSelectParams {
   AttentionDims dims;
   const DecodeRow* rows;  // [num_rows]
@@ -79,7 +81,9 @@ struct DecodeSelectParams {
   int32_t* block_indices;  // [R,Hkv,n] ascending, -1 padded
   Tensor3 o_cmp;           // [R,Hq,Dv] dims.dtype, data nullable: for a caller who looks
   float* lse_cmp;          // [R,Hq] natural log, nullable
-  void* scratch;           // DecodeScratchBytes; 256-byte aligned
+  // DecodeScratchBytes; 256-byte aligned. Zeroed once, before the first step; it serves steps of
+  // any number of rows, but of one dims and max_tokens.
+  void* scratch;
 };
 
 // Attention over the selected blocks and over the window, and the gate: what AttendSelected and

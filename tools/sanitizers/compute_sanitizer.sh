@@ -22,6 +22,7 @@ export LD_LIBRARY_PATH=$bundle${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 runs=(
   "memcheck  stages_test  *StorageTypes*:*GroupSizes*:*BlockSizes*:*AnyLength*:*Compressors*"
   "memcheck  stages_test  *HeadDims*:*WindowSizes*:*NumbersOfBlocks*:*Extreme*:*WithoutSummaries*"
+  "memcheck  decode_test  *StorageTypes*:*GroupSizes*:*AnyLength*:*CopiesPieces*"
   "memcheck  plan_fetch_test  -*ManyBlocksAndQueries*"
   "memcheck  cuda_kernels_test  *"
   "memcheck  score_select_test  *OtherHeadDims*:*NumbersOfBlocks*:*PlainKernel*"
@@ -31,6 +32,7 @@ runs=(
   "memcheck  cuda_reference_test  *ShortDocuments*:*OneToken*:*GroupOf5*:*MlpOfF16*"
   "memcheck  cuda_sharding_invariance_test  *Repeated*/bf16"
   "synccheck  stages_test  *StorageTypes*:*GroupSizes*:*BlockSizes*:*Compressors*"
+  "synccheck  decode_test  *StorageTypes*"
   "synccheck  plan_fetch_test  *PiecesAreTheCpus*"
   "synccheck  score_select_test  *OtherHeadDims*:*PlainKernel*"
   "synccheck  backward_stages_test  *GroupSizes*"
