@@ -24,8 +24,10 @@ absl::Status RecordNew(kernels::Kernels& kernels, std::unique_ptr<kernels::Event
 absl::Status Stages::Start(void* stream) {
   num_runs_ = 0;
   if (!is_timed_) return absl::OkStatus();
+  absl::Status status = RecordNew(kernels_, start_, stream);
+  // Not before the event: what the host does first would seem to end after what it does next.
   host_start_ = absl::Now();
-  return RecordNew(kernels_, start_, stream);
+  return status;
 }
 
 absl::Status Stages::Read(RankStats& stats) {
