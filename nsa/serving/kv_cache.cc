@@ -274,6 +274,15 @@ kernels::AppendTokensParams KvCacheImpl::AppendParams(int64_t num_rows) const {
           .weights_v = WeightsOf(options_.compress_v)};
 }
 
+absl::Status KvCacheImpl::AppendRows(int64_t num_rows, int64_t begin, const ForwardInputs& inputs,
+                                     void* stream) {
+  kernels::AppendTokensParams params = AppendParams(num_rows);
+  params.slc = TokensFrom(inputs.k_slc, inputs.v_slc, begin);
+  params.win = TokensFrom(inputs.k_win, inputs.v_win, begin);
+  params.cmp = TokensFrom(inputs.k_cmp, inputs.v_cmp, begin);
+  return kernels_->AppendTokens(params, stream);
+}
+
 absl::Status KvCacheImpl::Append(SequenceId sequence, const KvTokens& tokens, void* stream) {
   LookForLostRanks();
   const ForwardInputs inputs = InputsOf(tokens);
@@ -292,11 +301,7 @@ absl::Status KvCacheImpl::Append(SequenceId sequence, const KvTokens& tokens, vo
       if (!changes.ok()) return changes.status();
       NSA_RETURN_IF_ERROR(Apply(*changes, stream));
       NSA_RETURN_IF_ERROR(UploadRows(rows, stream));
-      kernels::AppendTokensParams params = AppendParams(num_rows);
-      params.slc = TokensFrom(inputs.k_slc, inputs.v_slc, begin);
-      params.win = TokensFrom(inputs.k_win, inputs.v_win, begin);
-      params.cmp = TokensFrom(inputs.k_cmp, inputs.v_cmp, begin);
-      NSA_RETURN_IF_ERROR(kernels_->AppendTokens(params, stream));
+      NSA_RETURN_IF_ERROR(AppendRows(num_rows, begin, inputs, stream));
     }
     stats_.tokens_appended += num_tokens;
     return absl::OkStatus();
@@ -422,12 +427,7 @@ absl::Status KvCacheImpl::RunStep(int64_t num_rows, const StepInputs& inputs,
 
 absl::Status KvCacheImpl::RunStepInPlace(int64_t num_rows, const StepInputs& inputs,
                                          const StepOutputs& outputs, void* stream) {
-  const ForwardInputs kv = InputsOf(inputs.kv);
-  kernels::AppendTokensParams append = AppendParams(num_rows);
-  append.slc = TokensFrom(kv.k_slc, kv.v_slc, 0);
-  append.win = TokensFrom(kv.k_win, kv.v_win, 0);
-  append.cmp = TokensFrom(kv.k_cmp, kv.v_cmp, 0);
-  NSA_RETURN_IF_ERROR(kernels_->AppendTokens(append, stream));
+  NSA_RETURN_IF_ERROR(AppendRows(num_rows, 0, InputsOf(inputs.kv), stream));
   int32_t* const indices = IndicesOf(outputs);
   NSA_RETURN_IF_ERROR(kernels_->DecodeSelect(SelectParams(0, num_rows, inputs, indices), stream));
   return kernels_->DecodeAttend(AttendParams(0, num_rows, inputs, outputs, indices), stream);
@@ -440,12 +440,7 @@ absl::Status KvCacheImpl::RunStepFetching(const StepInputs& inputs, const StepOu
   if (together) NSA_RETURN_IF_ERROR(window_->BeginWrite(stream));
   const auto num_rows = static_cast<int64_t>(plan_.size());
   if (num_rows > 0) {
-    const ForwardInputs kv = InputsOf(inputs.kv);
-    kernels::AppendTokensParams append = AppendParams(num_rows);
-    append.slc = TokensFrom(kv.k_slc, kv.v_slc, 0);
-    append.win = TokensFrom(kv.k_win, kv.v_win, 0);
-    append.cmp = TokensFrom(kv.k_cmp, kv.v_cmp, 0);
-    NSA_RETURN_IF_ERROR(kernels_->AppendTokens(append, stream));
+    NSA_RETURN_IF_ERROR(AppendRows(num_rows, 0, InputsOf(inputs.kv), stream));
   }
   if (together) NSA_RETURN_IF_ERROR(window_->Publish(stream));
   int32_t* const indices = IndicesOf(outputs);

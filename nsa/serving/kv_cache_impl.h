@@ -137,6 +137,9 @@ class KvCacheImpl final : public KvCache {
                           int64_t num_bytes, void* memory, void* stream);
   absl::Status UploadRows(absl::Span<const kernels::DecodeRow> rows, void* stream);
   kernels::AppendTokensParams AppendParams(int64_t num_rows) const;
+  // Of the tokens [begin, begin + num_rows) of `inputs`, whose rows were uploaded.
+  absl::Status AppendRows(int64_t num_rows, int64_t begin, const ForwardInputs& inputs,
+                          void* stream);
 
   absl::Status RunStepInPlace(int64_t num_rows, const StepInputs& inputs,
                               const StepOutputs& outputs, void* stream);
