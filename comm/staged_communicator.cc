@@ -302,8 +302,8 @@ absl::StatusOr<std::unique_ptr<Window>> StagedCommunicator::CreateWindow(int64_t
   absl::StatusOr<std::unique_ptr<Window>> on_host = base_.host().CreateWindow(num_bytes);
   if (!on_host.ok()) return on_host.status();
   // All ranks fail when one has no memory, and the group goes on.
-  absl::StatusOr<DeviceMemory::Block> data =
-      base_.memory().Allocate(std::max<int64_t>(num_bytes, 1));
+  absl::StatusOr<DeviceMemory::Block> data = DeviceMemory::Block();
+  if (!windows_on_device_) data = base_.memory().Allocate(std::max<int64_t>(num_bytes, 1));
   absl::StatusOr<std::vector<std::string>> all =
       HostAllGather(absl::StrCat(data.ok() ? "" : "-", num_bytes));
   if (!all.ok()) return all.status();

@@ -114,9 +114,8 @@ absl::Status KvCacheImpl::Prepare() {
     }
     return values;
   };
-  auto pages_of_rank = gather(options_.num_pages);
+  const auto pages_of_rank = gather(options_.num_pages);
   if (!pages_of_rank.ok()) return pages_of_rank.status();
-  pages_of_rank_ = *std::move(pages_of_rank);
   auto window = communicator_->CreateWindow(options_.num_pages * page_bytes_);
   if (!window.ok()) return window.status();
   window_ = *std::move(window);
@@ -146,7 +145,7 @@ absl::Status KvCacheImpl::Prepare() {
       .max_rollback_tokens = options_.max_rollback_tokens,
   };
   int64_t num_pages = 0;
-  for (int64_t of_rank : pages_of_rank_) {
+  for (int64_t of_rank : *pages_of_rank) {
     share_begin_.push_back(ShareBegin(options_.home_shares, rank(), of_rank));
     table.pages_of_rank.push_back(ShareBegin(options_.home_shares, rank() + 1, of_rank) -
                                   share_begin_.back());

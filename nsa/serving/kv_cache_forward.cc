@@ -33,7 +33,6 @@ struct KvCacheImpl::ForwardPart {
   void* stream;
 
   int64_t num_blocks = 0;  // the first ones, which stay with their owners
-  int64_t first_tail_token(int64_t block_tokens) const { return num_blocks * block_tokens; }
 
   const kernels::Document& document() const { return engine.block_map().documents[document_index]; }
   int32_t owner(int64_t block) const {
@@ -156,7 +155,7 @@ absl::Status KvCacheImpl::CopyForwardSummaries(const ForwardPart& part) {
 absl::Status KvCacheImpl::AppendForwardTail(const ForwardPart& part) {
   const ShardPlan& plan = part.engine.shard_plan();
   const kernels::Document& document = part.document();
-  const int64_t first_slc = part.first_tail_token(dims_.select_block_tokens);
+  const int64_t first_slc = part.num_blocks * dims_.select_block_tokens;
   const int64_t first_kept =
       table_->num_lists() > 1 ? table_->FirstKeptToken(document.num_tokens) : first_slc;
   const int64_t first = std::min(first_slc, first_kept);

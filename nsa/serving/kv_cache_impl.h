@@ -178,8 +178,7 @@ class KvCacheImpl final : public KvCache {
   std::unique_ptr<comm::Window> window_;  // this rank's pages, of all homes
   std::vector<char*> bases_;              // [P] where this rank reaches them; null where it cannot
   bool is_reachable_ = false;
-  std::vector<int64_t> share_begin_;    // [P] first page of this home
-  std::vector<int64_t> pages_of_rank_;  // [P] of all homes
+  std::vector<int64_t> share_begin_;  // [P] first page of this home
   std::unique_ptr<SequenceTable> table_;
 
   std::unique_ptr<kernels::Memory> summaries_;  // this home's summary pages
