@@ -36,6 +36,7 @@
 
 #define NSA_API __attribute__((visibility("default")))
 
+#define NSA_VERSION "0.1.0"
 /* Grows with every addition to this file. */
 #define NSA_API_VERSION 1
 
@@ -67,7 +68,7 @@ typedef enum nsa_status {
  * until this thread's next such call. */
 NSA_API const char* nsa_last_error(void);
 
-/* The library's release, such as "0.1.0", and the NSA_API_VERSION it was built with. */
+/* The NSA_VERSION and the NSA_API_VERSION that the library was built with. */
 NSA_API const char* nsa_version(void);
 NSA_API int32_t nsa_api_version(void);
 
