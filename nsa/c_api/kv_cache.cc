@@ -214,6 +214,7 @@ nsa_status nsa_kv_cache_step(nsa_kv_cache* cache, const nsa_step_sequence* seque
     StepOutputs read_outputs;
     absl::Status read = nsa::c_api::ReadBatch(sequences, num_sequences, batch);
     read.Update(nsa::c_api::ReadStep(inputs, outputs, read_inputs, read_outputs));
+    if (!read.ok() && cache->cache->is_reachable()) return read;  // nobody waits for this rank
     if (!read.ok()) batch.clear();
     return CallTogether(
         read, [&] { return cache->cache->Step(batch, read_inputs, read_outputs, stream); });
