@@ -15,7 +15,7 @@ from pathlib import Path
 FOLDERS = ("benchmarks", "comm", "examples", "kernels", "nsa", "tests", "tools")
 TOP_LEVEL_FILES = {"BUILD.bazel", "WORKSPACE", "README.md", "DESIGN.md", "CONTRIBUTING.md",
                    "CHANGELOG.md", "LICENSE"}
-SOURCE_SUFFIXES = (".cc", ".cu", ".cuh", ".h")
+SOURCE_SUFFIXES = (".c", ".cc", ".cu", ".cuh", ".h")
 
 # layers: comm knows nothing of attention, kernels nothing of ranks, and neither knows nsa.
 LAYERS = {"comm": {"comm"}, "kernels": {"kernels"}, "nsa": {"comm", "kernels", "nsa"}}
@@ -85,7 +85,7 @@ def check_include(path, is_test, header):
 
 
 def check_source(path, text):
-    """(line, rule, message) for each violation in a C++ or CUDA file."""
+    """(line, rule, message) for each violation in a C, C++ or CUDA file."""
     is_test = bool(re.search(r"_test(lib|ing)?\.[a-z]+$", path))
     uncommented = NOT_CODE.sub(blank_comment, text)
     code = NOT_CODE.sub(blank, text)

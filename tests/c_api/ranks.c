@@ -2,7 +2,7 @@
  * backward and a step of decoding through the C interface, on this rank's tokens, against the same
  * of one rank on the CPU.
  *
- *   ranks cpu|cuda [NUM_TOKENS]
+ *   ranks cpu|cuda [NUM_TOKENS [TRANSPORT]]       TRANSPORT: a number of nsa_transport
  *
  * On the CPU o and dq are the same bit for bit; else the error is compared with the values' size.
  */
@@ -251,6 +251,7 @@ int main(int argc, char** argv) {
   NSA_NEW(nsa_group_options, options);
   options.from_environment = 1;
   options.device = on_gpu ? (local_rank == NULL ? 0 : atoi(local_rank)) : NSA_DEVICE_CPU;
+  options.transport = argc > 3 ? atoi(argv[3]) : NSA_TRANSPORT_AUTO;
   options.timeout_ms = 30000;
   nsa_group* group = NULL;
   if (nsa_group_create(&options, &group) != NSA_OK) {

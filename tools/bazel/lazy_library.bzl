@@ -89,7 +89,7 @@ def lazy_library(name, hdr, function, title, soname, symbols, **kwargs):
       title: the library's name in errors.
       soname: the library's name for the loader.
       symbols: the functions of it that are called.
-      **kwargs: visibility, tags.
+      **kwargs: visibility, testonly.
     """
     _lazy_source(
         name = name + "_source",
@@ -100,6 +100,7 @@ def lazy_library(name, hdr, function, title, soname, symbols, **kwargs):
         soname = soname,
         symbols = symbols,
         function = function,
+        testonly = kwargs.get("testonly", False),
     )
     cc_library(
         name = name,
