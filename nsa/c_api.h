@@ -134,6 +134,8 @@ typedef struct nsa_group_options {
 
 /* Collective: the ranks meet at the rendezvous, which also tells them when one dies. */
 NSA_API nsa_status nsa_group_create(const nsa_group_options* options, nsa_group** group);
+/* The group ends with the last handle that needs it, which waits, for the timeout at most, for what
+ * is under way. */
 NSA_API void nsa_group_destroy(nsa_group* group);
 
 /* For rank 0 of a group to be, which tells the others by its own means: "host:port" with a port

@@ -136,7 +136,9 @@ absl::StatusOr<std::string> FreeRendezvousAddress(const std::string& host) {
   if (host.empty()) hosts = LocalAddresses();
   if (hosts.empty()) {
     auto resolved = Resolve(host.empty() ? "127.0.0.1" : host, absl::Now() + kResolveTime);
-    if (!resolved.ok()) return resolved.status();
+    if (!resolved.ok()) {
+      return Invalid("host: '", host, "'; must name this host: ", resolved.status().message());
+    }
     hosts = *std::move(resolved);
   }
   const absl::StatusOr<std::vector<SocketAddress>> addresses = ListenAddresses({hosts.front()});

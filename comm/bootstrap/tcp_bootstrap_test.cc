@@ -82,7 +82,9 @@ TEST(FreeRendezvousAddressTest, FindsAHostByItself) {
 }
 
 TEST(FreeRendezvousAddressTest, NamesAHostThatIsUnknown) {
-  EXPECT_FALSE(FreeRendezvousAddress("no-such-host.invalid").ok());
+  const absl::Status status = FreeRendezvousAddress("no-such-host.invalid").status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(absl::StrContains(status.message(), "host: 'no-such-host.invalid'")) << status;
 }
 
 TEST(TcpBootstrapTest, GathersInRankOrder) {

@@ -72,7 +72,6 @@ static nsa_tensor Take(const void* from, int32_t dtype, int64_t heads, int64_t d
   }
   void* data = NewDeviceMemory(num_rows * row_bytes);
   CopyToDevice(data, taken, num_rows * row_bytes);
-  free(taken);
   return DenseTensor(data, dtype, 3, num_rows, heads, dim);
 }
 
@@ -210,7 +209,6 @@ static Results ComputeAlone(const Sequence* all) {
   int64_t* rows = Allocate(all->num_tokens * 8);
   CHECK_OK(nsa_plan_positions(plan, 0, rows, NULL, NULL));
   const Results results = Compute(group, plan, all, rows, all->num_tokens);
-  free(rows);
   nsa_plan_destroy(plan);
   nsa_group_destroy(group);
   return results;
