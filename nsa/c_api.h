@@ -109,8 +109,8 @@ typedef struct nsa_group_options {
   size_t struct_size;
   /* Nonzero: rank, size and rendezvous come from the environment, as torchrun (RANK, WORLD_SIZE,
    * MASTER_ADDR, MASTER_PORT) or mpirun (OMPI_COMM_WORLD_RANK and _SIZE, with MASTER_ADDR and
-   * MASTER_PORT) leave it, and those below must be zero; without any of these variables the group
-   * is of one rank. */
+   * MASTER_PORT) leave it (rank 0 listens near MASTER_PORT, not on it), and those below must be
+   * zero; without any of these variables the group is of one rank. */
   int32_t from_environment;
   int32_t rank; /* in [0, size) */
   int32_t size; /* P; 0: 1 */

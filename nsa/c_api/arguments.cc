@@ -7,6 +7,9 @@ namespace {
 
 // A struct_size beyond this is not one.
 constexpr size_t kMaxStructBytes = 1 << 16;
+constexpr int32_t kMaxDims = 4;
+
+bool IsDType(int32_t dtype) { return dtype >= NSA_F32 && dtype <= NSA_F16; }
 
 std::string& LastError() {
   thread_local std::string text;
@@ -48,26 +51,29 @@ absl::Status CheckStructSize(absl::string_view name, const void* given, size_t f
   return absl::OkStatus();
 }
 
-Tensor Reader::ToTensor(absl::string_view name, const nsa_tensor& tensor) {
-  constexpr int32_t kMaxDims = 4;
+Tensor Reader::ToTensor(absl::string_view name, const nsa_tensor& tensor,
+                        absl::string_view prefix) {
   const bool has_dims = tensor.ndim >= 0 && tensor.ndim <= kMaxDims;
-  Require(has_dims, absl::StrCat(name, ".ndim"), tensor.ndim, "must lie in [0, 4]");
-  const DType dtype = ToDType(absl::StrCat(name, ".dtype"), tensor.dtype);
-  if (!has_dims) return {};
-  return Tensor(tensor.data, dtype, Dims(tensor.shape, tensor.shape + tensor.ndim),
+  if (!has_dims || !IsDType(tensor.dtype)) {  // names cost more than all else here
+    const std::string full_name = absl::StrCat(prefix, name);
+    Require(has_dims, absl::StrCat(full_name, ".ndim"), tensor.ndim, "must lie in [0, 4]");
+    (void)ToDType(absl::StrCat(full_name, ".dtype"), tensor.dtype);
+    return {};
+  }
+  return Tensor(tensor.data, static_cast<DType>(tensor.dtype),
+                Dims(tensor.shape, tensor.shape + tensor.ndim),
                 Dims(tensor.strides, tensor.strides + tensor.ndim));
 }
 
 DType Reader::ToDType(absl::string_view name, int32_t dtype) {
-  Require(dtype >= NSA_F32 && dtype <= NSA_F16, name, dtype,
-          "must be NSA_F32 (0), NSA_BF16 (1) or NSA_F16 (2)");
+  Require(IsDType(dtype), name, dtype, "must be NSA_F32 (0), NSA_BF16 (1) or NSA_F16 (2)");
   return static_cast<DType>(dtype);
 }
 
 CompressorParams Reader::ToCompressorParams(absl::string_view prefix,
                                             const nsa_compressor_params& params) {
   auto read = [&](absl::string_view name, const nsa_tensor& tensor) {
-    return ToTensor(absl::StrCat(prefix, ".", name), tensor);
+    return ToTensor(name, tensor, prefix);
   };
   return {.weight = read("weight", params.weight),
           .pe = read("pe", params.pe),
@@ -81,7 +87,7 @@ CompressorParams Reader::ToCompressorParams(absl::string_view prefix,
 CompressorGradients Reader::ToCompressorGradients(absl::string_view prefix,
                                                   const nsa_compressor_gradients& gradients) {
   auto read = [&](absl::string_view name, const nsa_tensor& tensor) {
-    return ToTensor(absl::StrCat(prefix, ".", name), tensor);
+    return ToTensor(name, tensor, prefix);
   };
   return {.weight = read("weight", gradients.weight),
           .pe = read("pe", gradients.pe),
@@ -105,8 +111,8 @@ absl::Status ReadForwardInputs(const nsa_forward_inputs* given, ForwardInputs& i
       .k_win = reader.ToTensor("k_win", read->k_win),
       .v_win = reader.ToTensor("v_win", read->v_win),
       .gate = reader.ToTensor("gate", read->gate),
-      .compress_k = reader.ToCompressorParams("compress_k", read->compress_k),
-      .compress_v = reader.ToCompressorParams("compress_v", read->compress_v),
+      .compress_k = reader.ToCompressorParams("compress_k.", read->compress_k),
+      .compress_v = reader.ToCompressorParams("compress_v.", read->compress_v),
   };
   if (reader.status().ok()) inputs = std::move(made);
   return reader.status();

@@ -99,10 +99,9 @@ class Reader {
  public:
   const absl::Status& status() const { return status_; }
 
-  // Unset when the data is null.
-  Tensor ToTensor(absl::string_view name, const nsa_tensor& tensor);
+  // Unset when the data is null. `prefix`: of the name.
+  Tensor ToTensor(absl::string_view name, const nsa_tensor& tensor, absl::string_view prefix = "");
   DType ToDType(absl::string_view name, int32_t dtype);
-  // `prefix`: of the names.
   CompressorParams ToCompressorParams(absl::string_view prefix,
                                       const nsa_compressor_params& params);
   CompressorGradients ToCompressorGradients(absl::string_view prefix,

@@ -61,8 +61,8 @@ absl::Status ReadGradients(const nsa_gradients* given, Gradients& gradients) {
       .dk_win = reader.ToTensor("dk_win", read->dk_win),
       .dv_win = reader.ToTensor("dv_win", read->dv_win),
       .dgate = reader.ToTensor("dgate", read->dgate),
-      .dcompress_k = reader.ToCompressorGradients("dcompress_k", read->dcompress_k),
-      .dcompress_v = reader.ToCompressorGradients("dcompress_v", read->dcompress_v),
+      .dcompress_k = reader.ToCompressorGradients("dcompress_k.", read->dcompress_k),
+      .dcompress_v = reader.ToCompressorGradients("dcompress_v.", read->dcompress_v),
       .accumulate = read->accumulate != 0,
       .sum_over_ranks = read->sum_over_ranks != 0,
   };

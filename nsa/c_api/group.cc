@@ -1,11 +1,11 @@
 // Groups: which ranks there are, on which devices, and what moves bytes between them. The one place
 // in nsa/ that chooses among backends.
-#include <climits>
 #include <cstdlib>
 #include <memory>
 #include <string>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/strip.h"
 #include "absl/time/time.h"

@@ -38,8 +38,8 @@ absl::StatusOr<std::unique_ptr<KvCache>> MakeKvCache(const nsa_kv_cache_options&
   cache.max_step_rows = OrDefault(options.max_step_rows, cache.max_step_rows);
   cache.shares_kv = options.separate_kv == 0;
   cache.max_rollback_tokens = OrDefault(options.max_rollback_tokens, cache.max_rollback_tokens);
-  cache.compress_k = reader.ToCompressorParams("compress_k", options.compress_k);
-  cache.compress_v = reader.ToCompressorParams("compress_v", options.compress_v);
+  cache.compress_k = reader.ToCompressorParams("compress_k.", options.compress_k);
+  cache.compress_v = reader.ToCompressorParams("compress_v.", options.compress_v);
   if (!reader.status().ok()) return reader.status();
   return KvCache::Create(cache, group.communicator, group.kernels);
 }
