@@ -15,11 +15,13 @@ from pathlib import Path
 FOLDERS = ("benchmarks", "comm", "examples", "kernels", "nsa", "tests", "tools")
 TOP_LEVEL_FILES = {"BUILD.bazel", "WORKSPACE", "README.md", "DESIGN.md", "CONTRIBUTING.md",
                    "CHANGELOG.md", "LICENSE"}
-SOURCE_SUFFIXES = (".cc", ".cu", ".cuh", ".h")
+SOURCE_SUFFIXES = (".c", ".cc", ".cu", ".cuh", ".h")
 
 # layers: comm knows nothing of attention, kernels nothing of ranks, and neither knows nsa.
 LAYERS = {"comm": {"comm"}, "kernels": {"kernels"}, "nsa": {"comm", "kernels", "nsa"}}
-# backends: nsa is handed a Communicator and a Kernels object; only its tests name one.
+# backends: nsa is handed a Communicator and a Kernels object; only its tests name one, and the C
+# interface, whose callers cannot make them: what a program's main() does for C++, it does for them.
+COMPOSITION_ROOT = "nsa/c_api"
 BACKENDS = ("comm/loopback", "comm/nccl", "comm/ucx", "kernels/cpu", "kernels/cuda")
 # transport: each transport is known in one folder, so that it can be left out or exchanged.
 # (pattern of the header, Bazel repository, the folder)
@@ -59,7 +61,7 @@ def check_dependency(path, is_test, target):
         return
     if used not in LAYERS[folder] and used != "tools" and not (is_test and used == "tests"):
         yield "layers", f"{folder}/ may not use {target}"
-    elif folder == "nsa" and not is_test:
+    elif folder == "nsa" and not is_test and not is_under(path, COMPOSITION_ROOT):
         for backend in BACKENDS:
             if is_under(target, backend):
                 yield "backends", f"nsa/ names no backend, but uses {target}"
@@ -83,7 +85,7 @@ def check_include(path, is_test, header):
 
 
 def check_source(path, text):
-    """(line, rule, message) for each violation in a C++ or CUDA file."""
+    """(line, rule, message) for each violation in a C, C++ or CUDA file."""
     is_test = bool(re.search(r"_test(lib|ing)?\.[a-z]+$", path))
     uncommented = NOT_CODE.sub(blank_comment, text)
     code = NOT_CODE.sub(blank, text)
@@ -102,8 +104,9 @@ def check_source(path, text):
     if path.endswith((".cu", ".cuh")):
         for match in re.finditer(r"\babsl::", code):
             yield line_of(match.start()), "absl-in-cuda", "absl:: in a CUDA source"
-    # getenv: settings are arguments; only a program reads its environment.
-    if not re.search(r"\bint\s+main\s*\(", code):
+    # getenv: settings are arguments; only a program reads its environment, and the C interface where
+    # its caller asks for it.
+    if not re.search(r"\bint\s+main\s*\(", code) and not is_under(path, COMPOSITION_ROOT):
         for match in re.finditer(r"\b(secure_)?getenv\b", code):
             yield line_of(match.start()), "getenv", "getenv outside a file that defines main()"
     # example-length: an example is read in one go.

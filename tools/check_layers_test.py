@@ -54,6 +54,10 @@ class CheckLayersTest(unittest.TestCase):
                     (1, "backends"))
         self.expect("nsa/a_test.cc", '#include "comm/loopback/a.h"\n#include "kernels/cpu/a.h"\n')
         self.expect("nsa/BUILD.bazel", 'cc_test(name = "a", deps = ["//comm/loopback"])')
+        # What chooses among backends for callers in C, and asks the environment for them.
+        self.expect("nsa/c_api/a.cc", '#include "comm/nccl/a.h"\nconst char* a = getenv("A");\n')
+        self.expect("nsa/c_api/a.cc", "#include <nccl.h>\n", (1, "transport"))
+        self.expect("nsa/c_apis/a.cc", '#include "comm/nccl/a.h"\n', (1, "backends"))
 
     def test_transport(self):
         self.expect("comm/ucx/a.cc", "#include <nccl.h>\n", (1, "transport"))

@@ -16,6 +16,8 @@ namespace {
 
 constexpr int kFirstPort = 1024;
 constexpr int kPortEnd = 65536;
+// A name server that has not answered by then will not.
+constexpr absl::Duration kResolveTime = absl::Seconds(10);
 
 template <typename... Parts>
 absl::Status Invalid(const Parts&... parts) {
@@ -127,6 +129,34 @@ absl::StatusOr<TcpBootstrapOptions> TcpBootstrapOptionsFrom(
   options.master_addr = master_addr;
   if (absl::Status s = CheckOptions(options); !s.ok()) return s;
   return options;
+}
+
+absl::StatusOr<std::string> FreeRendezvousAddress(const std::string& host) {
+  std::vector<SocketAddress> hosts;
+  if (host.empty()) hosts = LocalAddresses();
+  if (hosts.empty()) {
+    auto resolved = Resolve(host.empty() ? "127.0.0.1" : host, absl::Now() + kResolveTime);
+    if (!resolved.ok()) {
+      return Invalid("host: '", host, "'; must name this host: ", resolved.status().message());
+    }
+    hosts = *std::move(resolved);
+  }
+  const absl::StatusOr<std::vector<SocketAddress>> addresses = ListenAddresses({hosts.front()});
+  if (!addresses.ok()) return addresses.status();
+  absl::Status last;
+  for (const SocketAddress& address : *addresses) {
+    const absl::StatusOr<Fd> listener = Listen(address.WithPort(0));
+    const absl::StatusOr<SocketAddress> bound =
+        listener.ok() ? BoundAddress(*listener) : listener.status();
+    if (!bound.ok()) {
+      last = bound.status();
+      continue;
+    }
+    if (host.empty()) return hosts.front().WithPort(bound->port()).ToString();
+    return absl::StrCat(host.find(':') == std::string::npos ? host : absl::StrCat("[", host, "]"),
+                        ":", bound->port());
+  }
+  return last;
 }
 
 absl::StatusOr<std::unique_ptr<Bootstrap>> CreateTcpBootstrap(const TcpBootstrapOptions& options) {

@@ -39,6 +39,12 @@ struct TcpBootstrapOptions {
 absl::StatusOr<TcpBootstrapOptions> TcpBootstrapOptionsFrom(
     const std::function<const char*(const char* name)>& lookup);
 
+// "host:port" where a rank 0 on this host can be met, with port_offset 0: a port that is free now.
+// `host`: a name or an address that the others know this host by; empty: the first address of its
+// interfaces that is not loopback, else 127.0.0.1. InvalidArgument when `host` is not known,
+// Unavailable when no port is free there.
+absl::StatusOr<std::string> FreeRendezvousAddress(const std::string& host = "");
+
 // Collective. Rank 0 listens only while the ranks gather. With a loopback master address it listens
 // on loopback alone. Nothing is encrypted and no secret is asked: meant for a cluster's own
 // network.

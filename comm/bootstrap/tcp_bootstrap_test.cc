@@ -66,6 +66,27 @@ void ExpectAll(const std::vector<absl::Status>& statuses, absl::StatusCode code,
   }
 }
 
+TEST(FreeRendezvousAddressTest, RanksMeetThere) {
+  const absl::StatusOr<std::string> address = FreeRendezvousAddress("127.0.0.1");
+  ASSERT_TRUE(address.ok()) << address.status();
+  ASSERT_EQ(address->rfind("127.0.0.1:", 0), 0u) << *address;
+  const int port = std::stoi(address->substr(10));
+  EXPECT_EQ(CreateAll({Options(0, 2, port), Options(1, 2, port)}),
+            std::vector<absl::Status>(2, absl::OkStatus()));
+}
+
+TEST(FreeRendezvousAddressTest, FindsAHostByItself) {
+  const absl::StatusOr<std::string> address = FreeRendezvousAddress();
+  ASSERT_TRUE(address.ok()) << address.status();
+  EXPECT_GT(std::stoi(address->substr(address->rfind(':') + 1)), 0) << *address;
+}
+
+TEST(FreeRendezvousAddressTest, NamesAHostThatIsUnknown) {
+  const absl::Status status = FreeRendezvousAddress("no-such-host.invalid").status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(absl::StrContains(status.message(), "host: 'no-such-host.invalid'")) << status;
+}
+
 TEST(TcpBootstrapTest, GathersInRankOrder) {
   for (int size : {1, 2, 5}) {
     const int port = FreePort();

@@ -114,6 +114,7 @@ absl::Status Impl::Start() {
     nccl_ = NcclHandle::Adopt(options_.adopt, rank_, &health_);
   }
   bootstrap_->SetPeerHandler([this](const PeerEvent& event) { OnPeerEvent(event); });
+  const ScopedDevice device(device_);
   absl::Status status = Connect();
   return status.ok() ? status : health_.Break(std::move(status));
 }
@@ -154,8 +155,10 @@ absl::Status Impl::Connect() {
   // All ranks learn who cannot start, what each runs, and what rank 0 calls the communicators.
   WireWriter mine;
   int version = 0;
-  if (ncclResult_t r = ncclGetVersion(&version); r != ncclSuccess) {
-    return absl::InternalError(absl::StrCat("ncclGetVersion: ", ncclGetErrorString(r)));
+  if (size_ > 1) {  // one rank does without NCCL
+    if (ncclResult_t r = ncclGetVersion(&version); r != ncclSuccess) {
+      return absl::InternalError(absl::StrCat("ncclGetVersion: ", ncclGetErrorString(r)));
+    }
   }
   mine.PutInt64(version);
   for (int i = 0; i < 2; ++i) {
@@ -167,12 +170,12 @@ absl::Status Impl::Connect() {
   absl::StatusOr<std::vector<std::string>> all =
       bootstrap_->AllGather(mine.bytes(), options_.connect_timeout, "connecting");
   if (!all.ok()) return all.status();
-  std::vector<int> versions;
-  for (const std::string& theirs : *all) {
-    versions.push_back(static_cast<int>(WireReader(theirs).GetInt64()));
-  }
-  if (absl::Status s = CheckNcclVersions(versions); !s.ok()) return s;
   if (size_ > 1) {
+    std::vector<int> versions;
+    for (const std::string& theirs : *all) {
+      versions.push_back(static_cast<int>(WireReader(theirs).GetInt64()));
+    }
+    if (absl::Status s = CheckNcclVersions(versions); !s.ok()) return s;
     WireReader reader((*all)[0]);
     (void)reader.GetInt64();
     const std::string collectives_id = reader.GetString();

@@ -1,6 +1,8 @@
 #include "tools/launch/device.h"
 
+#include <algorithm>
 #include <map>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -34,10 +36,17 @@ absl::StatusOr<std::unique_ptr<kernels::Kernels>> Device::CreateKernels() const 
 
 absl::StatusOr<std::unique_ptr<comm::Communicator>> Device::Connect(
     std::unique_ptr<comm::Bootstrap> bootstrap, absl::Duration timeout) const {
-  if (gpus != nullptr) return gpus->CreateCommunicator(std::move(bootstrap), gpu, timeout);
+  if (gpus != nullptr && !over_ucx) {
+    return gpus->CreateCommunicator(std::move(bootstrap), gpu, timeout, adopted_nccl);
+  }
   comm::UcxOptions options;
   options.timeout = timeout;
   options.connect_timeout = timeout;
+  if (gpus != nullptr) {
+    auto memory = gpus->CreateMemory(gpu);
+    if (!memory.ok()) return memory.status();
+    options.device_memory = *std::move(memory);
+  }
   return comm::UcxCommunicator::Create(std::move(bootstrap), options);
 }
 
@@ -56,47 +65,15 @@ absl::StatusOr<std::unique_ptr<comm::Communicator>> Device::ConnectAlone(
   return Connect(*std::move(bootstrap), timeout);
 }
 
-absl::StatusOr<Device> ChooseDevice(const LaunchOptions& options, const ProcessPlace& place) {
-  const Device cpu = {.gpus = nullptr,
-                      .num_threads = ThreadsPerRank(options.num_threads, place.num_ranks_on_host)};
-  const std::string& backend = options.backend;
-  const bool several_threads = place.origin == Origin::kThreads && options.num_ranks > 1;
-  if (options.device == "cpu" || backend == "loopback" || backend == "ucx" || several_threads) {
-    return cpu;
-  }
-  absl::StatusOr<std::shared_ptr<Gpus>> gpus = absl::NotFoundError("this program uses no GPUs");
-  if (options.find_gpus != nullptr) gpus = options.find_gpus();
-  if (!gpus.ok()) {
-    if (options.device == "cuda") {
-      return Invalid("device = \"cuda\": must be auto or cpu, as ", gpus.status().message());
-    }
-    if (backend == "nccl") {
-      return Invalid("backend = \"nccl\": must be auto, loopback or ucx, as ",
-                     gpus.status().message());
-    }
-    return cpu;
-  }
-  const bool enough = place.num_ranks_on_host <= (*gpus)->count();
-  // A launcher may show each process a GPU of its own; that they differ AgreeOnDevice finds out.
-  if (!enough && (*gpus)->count() != 1) {
-    return Invalid("device = \"", options.device, "\": there are ", place.num_ranks_on_host,
-                   " ranks on this host and ", (*gpus)->count(),
-                   " GPUs; must be cpu, or ranks at most as many as GPUs");
-  }
-  const int gpu = enough ? place.local_rank : 0;
-  absl::StatusOr<std::string> uuid = (*gpus)->UuidOf(gpu);
-  if (!uuid.ok()) return uuid.status();
-  return Device{.gpus = *std::move(gpus), .gpu = gpu, .gpu_uuid = *std::move(uuid)};
-}
-
 absl::Status AgreeOnDevice(const absl::Status& ready, const Device& device,
-                           comm::Bootstrap& bootstrap, const LaunchOptions& options) {
+                           comm::Bootstrap& bootstrap, absl::string_view requested,
+                           absl::Duration timeout) {
   constexpr absl::string_view kGaveUp = "!";
-  const absl::string_view kind = device.kind();
+  const std::string kind = absl::StrCat(device.kind(), device.over_ucx ? "-over-ucx" : "");
   const absl::StatusOr<std::vector<std::string>> all =
       bootstrap.AllGather(ready.ok() ? absl::StrCat(kind, " ", device.gpu_uuid)
                                      : absl::StrCat(kGaveUp, ready.ToString()),
-                          options.timeout, "choosing devices");
+                          timeout, "choosing devices");
   if (!ready.ok()) return ready;
   if (!all.ok()) return all.status();
   std::map<absl::string_view, size_t> rank_by_gpu;
@@ -109,16 +86,22 @@ absl::Status AgreeOnDevice(const absl::Status& ready, const Device& device,
         absl::StrSplit(theirs, absl::MaxSplits(' ', 1));
     const auto& [their_kind, their_gpu] = kind_and_gpu;
     if (their_kind != kind) {
-      return Invalid("device = \"", options.device, "\": ", kind, " for this rank, ", their_kind,
+      return Invalid("device = \"", requested, "\": ", kind, " for this rank, ", their_kind,
                      " for rank ", rank, "; must be the same for all ranks");
     }
     if (device.gpus == nullptr) continue;
     if (const auto [other, is_new] = rank_by_gpu.emplace(their_gpu, rank); !is_new) {
-      return Invalid("device = \"", options.device, "\": ", their_gpu, " for rank ", other->second,
+      return Invalid("device = \"", requested, "\": ", their_gpu, " for rank ", other->second,
                      " and for rank ", rank, "; must be cpu, or a GPU of its own for each rank");
     }
   }
   return absl::OkStatus();
+}
+
+int ThreadsPerRank(int requested, int num_ranks_on_host) {
+  if (requested > 0) return requested;
+  const int cores = static_cast<int>(std::thread::hardware_concurrency());
+  return std::max(1, cores / std::max(1, num_ranks_on_host));
 }
 
 }  // namespace nsa::tools

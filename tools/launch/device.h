@@ -7,13 +7,12 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "comm/bootstrap/bootstrap.h"
 #include "comm/communicator.h"
 #include "kernels/kernels.h"
-#include "tools/launch/environment.h"
 #include "tools/launch/gpus.h"
-#include "tools/launch/launch.h"
 
 namespace nsa::tools {
 
@@ -22,6 +21,10 @@ struct Device {
   int gpu = 0;
   std::string gpu_uuid = "";
   int num_threads = 1;  // where there are no GPUs
+  // Of a GPU's memory, for Connect: bytes go through the host, or over this ncclComm_t (see
+  // NcclOptions::adopt), or by default over a communicator of NCCL that is made.
+  bool over_ucx = false;
+  void* adopted_nccl = nullptr;
 
   const char* kind() const { return gpus == nullptr ? "cpu" : "cuda"; }
   std::string name() const;  // for people
@@ -34,13 +37,15 @@ struct Device {
   absl::StatusOr<std::unique_ptr<comm::Communicator>> ConnectAlone(absl::Duration timeout) const;
 };
 
-// For a rank at `place`. InvalidArgument when what is asked for is not there.
-absl::StatusOr<Device> ChooseDevice(const LaunchOptions& options, const ProcessPlace& place);
-
 // Collective. The ranks compute all on CPUs or each on a GPU of its own, or each learns why not.
-// `device` is this rank's, unless `ready` says why it has none.
+// `device` is this rank's, unless `ready` says why it has none. `requested` is what the user asked
+// for, as errors name it.
 absl::Status AgreeOnDevice(const absl::Status& ready, const Device& device,
-                           comm::Bootstrap& bootstrap, const LaunchOptions& options);
+                           comm::Bootstrap& bootstrap, absl::string_view requested,
+                           absl::Duration timeout);
+
+// Compute threads for a rank: `requested`, or when that is 0 this rank's share of the host's cores.
+int ThreadsPerRank(int requested, int num_ranks_on_host);
 
 }  // namespace nsa::tools
 

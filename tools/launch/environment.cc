@@ -51,8 +51,11 @@ absl::StatusOr<ProcessPlace> Read(const Environment& environment, Origin origin,
       Has(environment, names.local_rank) ? Number(environment, names.local_rank, 0, *local_size - 1)
                                          : *rank % *local_size;
   if (!local_rank.ok()) return local_rank.status();
-  return ProcessPlace{
-      .origin = origin, .size = *size, .num_ranks_on_host = *local_size, .local_rank = *local_rank};
+  return ProcessPlace{.origin = origin,
+                      .size = *size,
+                      .rank = *rank,
+                      .num_ranks_on_host = *local_size,
+                      .local_rank = *local_rank};
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ enum class Origin {
 struct ProcessPlace {
   Origin origin = Origin::kThreads;
   int size = 1;  // ranks, of which this process is one unless it makes them
+  int rank = 0;  // of this process
   int num_ranks_on_host = 1;
   int local_rank = 0;  // among those
 };

@@ -38,6 +38,7 @@ TEST(FindProcessPlaceTest, MpirunComesFirst) {
   ASSERT_TRUE(place.ok()) << place.status();
   EXPECT_EQ(place->origin, Origin::kMpi);
   EXPECT_EQ(place->size, 8);
+  EXPECT_EQ(place->rank, 6);
   EXPECT_EQ(place->num_ranks_on_host, 4);
   EXPECT_EQ(place->local_rank, 2);
 }
@@ -48,6 +49,7 @@ TEST(FindProcessPlaceTest, TorchrunMeansRendezvous) {
   ASSERT_TRUE(place.ok()) << place.status();
   EXPECT_EQ(place->origin, Origin::kRendezvous);
   EXPECT_EQ(place->size, 8);
+  EXPECT_EQ(place->rank, 5);
   EXPECT_EQ(place->num_ranks_on_host, 2);
   EXPECT_EQ(place->local_rank, 1);
 }

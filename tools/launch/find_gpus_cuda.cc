@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "comm/cuda_memory.h"
 #include "comm/nccl/nccl_communicator.h"
 #include "kernels/cuda/cuda_kernels.h"
 #include "tools/launch/gpus.h"
@@ -43,12 +44,18 @@ class CudaGpus : public Gpus {
     return kernels::CudaKernels::Create({.device = gpu});
   }
 
+  absl::StatusOr<std::shared_ptr<comm::DeviceMemory>> CreateMemory(int gpu) override {
+    return comm::CreateCudaMemory(gpu);
+  }
+
   absl::StatusOr<std::unique_ptr<comm::Communicator>> CreateCommunicator(
-      std::unique_ptr<comm::Bootstrap> bootstrap, int gpu, absl::Duration timeout) override {
+      std::unique_ptr<comm::Bootstrap> bootstrap, int gpu, absl::Duration timeout,
+      void* adopt) override {
     comm::NcclOptions options;
     options.timeout = timeout;
     options.connect_timeout = timeout;
     options.device = gpu;
+    options.adopt = static_cast<ncclComm*>(adopt);
     return comm::NcclCommunicator::Create(std::move(bootstrap), options);
   }
 

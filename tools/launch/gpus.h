@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "comm/bootstrap/bootstrap.h"
 #include "comm/communicator.h"
+#include "comm/device_memory.h"
 #include "kernels/kernels.h"
 
 namespace nsa::tools {
@@ -21,9 +22,12 @@ class Gpus {
   // The same in every process that sees this GPU, and that of no other GPU of any host.
   virtual absl::StatusOr<std::string> UuidOf(int gpu) const = 0;
   virtual absl::StatusOr<std::unique_ptr<kernels::Kernels>> CreateKernels(int gpu) = 0;
-  // Collective over the ranks of `bootstrap`; each rank's memory is that of its GPU.
+  // The GPU's memory, for communicators over the host.
+  virtual absl::StatusOr<std::shared_ptr<comm::DeviceMemory>> CreateMemory(int gpu) = 0;
+  // Collective over the ranks of `bootstrap`; each rank's memory is that of its GPU. `adopt`: an
+  // ncclComm_t, as NcclOptions::adopt; or null.
   virtual absl::StatusOr<std::unique_ptr<comm::Communicator>> CreateCommunicator(
-      std::unique_ptr<comm::Bootstrap> bootstrap, int gpu, absl::Duration timeout) = 0;
+      std::unique_ptr<comm::Bootstrap> bootstrap, int gpu, absl::Duration timeout, void* adopt) = 0;
 };
 
 // NotFound, saying why, when this build or this host has no GPUs.

@@ -143,14 +143,48 @@ absl::Status CheckOptions(const LaunchOptions& options, const ProcessPlace& plac
   return absl::OkStatus();
 }
 
+// For a rank at `place`. InvalidArgument when what is asked for is not there.
+absl::StatusOr<Device> ChooseDevice(const LaunchOptions& options, const ProcessPlace& place) {
+  const Device cpu = {.gpus = nullptr,
+                      .num_threads = ThreadsPerRank(options.num_threads, place.num_ranks_on_host)};
+  const std::string& backend = options.backend;
+  const bool several_threads = place.origin == Origin::kThreads && options.num_ranks > 1;
+  if (options.device == "cpu" || backend == "loopback" || backend == "ucx" || several_threads) {
+    return cpu;
+  }
+  absl::StatusOr<std::shared_ptr<Gpus>> gpus = absl::NotFoundError("this program uses no GPUs");
+  if (options.find_gpus != nullptr) gpus = options.find_gpus();
+  if (!gpus.ok()) {
+    if (options.device == "cuda") {
+      return Invalid("device = \"cuda\": must be auto or cpu, as ", gpus.status().message());
+    }
+    if (backend == "nccl") {
+      return Invalid("backend = \"nccl\": must be auto, loopback or ucx, as ",
+                     gpus.status().message());
+    }
+    return cpu;
+  }
+  const bool enough = place.num_ranks_on_host <= (*gpus)->count();
+  // A launcher may show each process a GPU of its own; that they differ AgreeOnDevice finds out.
+  if (!enough && (*gpus)->count() != 1) {
+    return Invalid("device = \"", options.device, "\": there are ", place.num_ranks_on_host,
+                   " ranks on this host and ", (*gpus)->count(),
+                   " GPUs; must be cpu, or ranks at most as many as GPUs");
+  }
+  const int gpu = enough ? place.local_rank : 0;
+  absl::StatusOr<std::string> uuid = (*gpus)->UuidOf(gpu);
+  if (!uuid.ok()) return uuid.status();
+  return Device{.gpus = *std::move(gpus), .gpu = gpu, .gpu_uuid = *std::move(uuid)};
+}
+
 // This process as one rank of those that `bootstrap` brings together.
 absl::Status RunProcess(absl::StatusOr<std::unique_ptr<comm::Bootstrap>> bootstrap,
                         const absl::StatusOr<Device>& device, const LaunchOptions& options,
                         const RankFunction& function) {
   if (!bootstrap.ok()) return bootstrap.status();
   auto kernels = device.ok() ? device->CreateKernels() : device.status();
-  absl::Status agreed =
-      AgreeOnDevice(kernels.status(), device.ok() ? *device : Device(), **bootstrap, options);
+  absl::Status agreed = AgreeOnDevice(kernels.status(), device.ok() ? *device : Device(),
+                                      **bootstrap, options.device, options.timeout);
   if (!agreed.ok()) return agreed;
   auto communicator = device->Connect(*std::move(bootstrap), options.timeout);
   if (!communicator.ok()) return communicator.status();
@@ -210,12 +244,6 @@ absl::Status RunRanks(const LaunchOptions& options, const Environment& environme
       return RunAfterRendezvous(environment, *place, options, function);
   }
   return absl::InternalError("unknown origin of ranks");
-}
-
-int ThreadsPerRank(int requested, int num_ranks_on_host) {
-  if (requested > 0) return requested;
-  const int cores = static_cast<int>(std::thread::hardware_concurrency());
-  return std::max(1, cores / std::max(1, num_ranks_on_host));
 }
 
 }  // namespace nsa::tools

@@ -52,9 +52,6 @@ struct RankContext {
 absl::Status RunRanks(const LaunchOptions& options, const Environment& environment,
                       const std::function<absl::Status(const RankContext&)>& function);
 
-// Compute threads for a rank: `requested`, or when that is 0 this rank's share of the host's cores.
-int ThreadsPerRank(int requested, int num_ranks_on_host);
-
 }  // namespace nsa::tools
 
 #endif  // TOOLS_LAUNCH_LAUNCH_H_

@@ -16,6 +16,7 @@
 #include "comm/loopback/loopback.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_kernels.h"
+#include "tools/launch/device.h"
 
 namespace nsa::tools {
 namespace {
@@ -41,8 +42,11 @@ class FakeGpus : public Gpus {
     if (gpu == kBrokenGpu) return absl::ResourceExhaustedError("no memory");
     return kernels::CpuKernels::Create({.num_threads = 1});
   }
+  absl::StatusOr<std::shared_ptr<comm::DeviceMemory>> CreateMemory(int) override {
+    return absl::UnimplementedError("no memory of a GPU");
+  }
   absl::StatusOr<std::unique_ptr<comm::Communicator>> CreateCommunicator(
-      std::unique_ptr<comm::Bootstrap> bootstrap, int, absl::Duration) override {
+      std::unique_ptr<comm::Bootstrap> bootstrap, int, absl::Duration, void*) override {
     if (bootstrap->size() > 1) return absl::UnimplementedError("GPUs agreed on");
     return std::move((*comm::LoopbackGroup::Create(1))[0]);
   }
