@@ -2,8 +2,8 @@
 //
 // What a query attends to in one branch are its keys, counted from 0: summaries; tokens of the
 // selected blocks, in the order of the list; tokens of the window, from a multiple of 16 on. They
-// are cut into tiles of 128 keys, and tiles into parts, by the query's position alone, so that no
-// result depends on the rows beside it. A CTA takes 16 heads over one part.
+// are cut into parts of whole tiles of 128 keys by the query's position alone, so that no result
+// depends on the rows beside it. A CTA takes 16 heads over one part, a warp of it 16 keys at a time.
 #ifndef KERNELS_CUDA_DECODE_WORK_H_
 #define KERNELS_CUDA_DECODE_WORK_H_
 
@@ -16,11 +16,11 @@ namespace nsa::kernels::cuda {
 
 constexpr int32_t kDecodeTileKeys = 128;
 constexpr int32_t kDecodeTileHeads = 16;
+constexpr int32_t kDecodeWarpKeys = 16;
 // Parts of a branch: their results are read by one CTA, so there are not too many of them.
 constexpr int32_t kMaxDecodeParts = 64;
-// CTAs that merge the parts of the compressed branch, of 4 of 16 heads each: one alone would take
-// longer than the selected blocks.
-constexpr int32_t kMergeParts = 4;
+// CTAs that choose the blocks of a (row, kv head), each from a chunk of them.
+constexpr int32_t kMaxDecodeChunks = 64;
 
 // Keys [begin, end) of a query in one branch, as tiles and parts. begin < 16.
 struct DecodeKeys {
@@ -85,19 +85,27 @@ struct DecodePartsLayout {
   int64_t o;      // [parts,heads,Dv] f32, to be divided by the sum
 };
 
-// The scratch of a (row, kv head); that of a row does not move with the number of rows. Counters
-// are zero before and after each kernel.
+// The scratch of a (row, kv head); that of a row does not move with the number of rows. The counter
+// is zero before and after each kernel. What is said of 16 keys of the summaries counts them from a
+// multiple of 16 on.
 struct DecodeScratch {
-  int32_t num_heads;        // of the group, padded
-  int32_t blocks_per_tile;  // select blocks that the summaries of one tile can reach
-  int64_t counters;  // int32 [2 + head tiles]: arrivals of DecodeSelect, of DecodeAttend, items
-  int64_t tile_max;  // [tiles,heads] f32, the maximum that `reach` is relative to
-  int64_t reach;     // [tiles,blocks_per_tile,heads] f32, sums of 2^(s - max) by block
-  int64_t scores;    // [blocks] f32
+  int32_t num_heads;    // of the group, padded
+  int32_t places;       // select blocks that 16 summaries can reach
+  int64_t counter;      // int32, arrivals of CTAs that choose
+  int64_t maxima;       // [groups of 16 keys,heads] f32, the maximum that `reach` is relative to
+  int64_t reach;        // [groups,places,heads] f32, sums of 2^(s - max) by block
+  int64_t scores;       // [blocks] f32
+  int64_t best_scores;  // [chunks,free places] f32, the best of each chunk; no more than blocks
+  int64_t best_blocks;  // [chunks,free places] int32
   DecodePartsLayout cmp, slc, win;
   int64_t merged;  // [heads,Dv] f32, o_cmp
   int64_t bytes;   // of all
 };
+
+// The first select block that 16 summaries from 16 * group on reach.
+constexpr int32_t FirstReached(const AttentionDims& dims, int32_t group) {
+  return group * kDecodeWarpKeys / (dims.select_block_tokens / dims.compress_stride_tokens);
+}
 
 constexpr DecodeScratch MakeDecodeScratch(const AttentionDims& dims, int64_t max_tokens) {
   constexpr int64_t kAlignment = 256;
@@ -105,7 +113,8 @@ constexpr DecodeScratch MakeDecodeScratch(const AttentionDims& dims, int64_t max
   s.num_heads = NumHeadTiles(dims) * kDecodeTileHeads;
   const int32_t strides = dims.select_block_tokens / dims.compress_stride_tokens;
   const int32_t reach = dims.compress_block_tokens / dims.compress_stride_tokens;
-  s.blocks_per_tile = (kDecodeTileKeys + reach - 2) / strides + 2;
+  const int32_t most_before = kDecodeWarpKeys % strides == 0 ? 0 : strides - 1;  // in its block
+  s.places = (most_before + kDecodeWarpKeys + reach - 2) / strides + 1;
 
   int64_t offset = 0;
   const auto take = [&](int64_t num_bytes) {
@@ -121,11 +130,16 @@ constexpr DecodeScratch MakeDecodeScratch(const AttentionDims& dims, int64_t max
   };
   const int64_t last = max_tokens > 0 ? max_tokens - 1 : 0;
   const int64_t summaries = SummaryKeys(dims, last).end;
-  const int64_t tiles = (summaries + kDecodeTileKeys - 1) / kDecodeTileKeys;
-  s.counters = take((2 + NumHeadTiles(dims)) * 4);
-  s.tile_max = take(tiles * s.num_heads * 4);
-  s.reach = take(tiles * s.blocks_per_tile * s.num_heads * 4);
-  s.scores = take(int64_t{NumCandidates(dims, last)} * 4);
+  const int64_t groups = (summaries + kDecodeWarpKeys - 1) / kDecodeWarpKeys;
+  const int64_t blocks = NumCandidates(dims, last);
+  const int64_t most_best = int64_t{kMaxDecodeChunks} * dims.num_selected_blocks;
+  const int64_t best = most_best < blocks ? most_best : blocks;
+  s.counter = take(4);
+  s.maxima = take(groups * s.num_heads * 4);
+  s.reach = take(groups * s.places * s.num_heads * 4);
+  s.scores = take(blocks * 4);
+  s.best_scores = take(best * 4);
+  s.best_blocks = take(best * 4);
   s.cmp = take_parts(summaries);
   s.slc = take_parts(int64_t{dims.num_selected_blocks} * dims.select_block_tokens);
   s.win = take_parts(int64_t{dims.window_tokens} + 15);
