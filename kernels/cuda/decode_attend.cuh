@@ -71,42 +71,40 @@ __global__ void __launch_bounds__(kStreamThreads<kDv>, 1)
   StreamParts<T, kDk, kDv, kOverlaps>(work, layout, num_stages);
 }
 
-constexpr int kGateThreads = 128;
-// CTAs of 16 heads.
-constexpr int32_t kGateCtas = 2;
+constexpr int kGateThreads = 256;
 
-// Grid: (kGateCtas, Hkv * head tiles, rows). A thread takes 8 dimensions, and what it loads is on
-// its way together: each round trip shows.
+// Grid: (Hkv * head tiles, rows). A thread takes 8 dimensions, and what it loads is on its way
+// together: each round trip shows.
 template <bool kOverlaps>
 __global__ void __launch_bounds__(kGateThreads)
     DecodeGateKernel(const __grid_constant__ DecodeAttendParams params,
                      const __grid_constant__ DecodeScratch layout) {
-  constexpr int32_t kHeads = kDecodeTileHeads / kGateCtas;
+  constexpr int kAtOnce = 8;  // parts of a branch
   __shared__ float slc_weights[kMaxDecodeParts * kDecodeTileHeads];
   __shared__ float win_weights[kMaxDecodeParts * kDecodeTileHeads];
   __shared__ float slc_lse[kDecodeTileHeads], win_lse[kDecodeTileHeads];
   const AttentionDims& dims = params.dims;
-  const DecodeRow row = params.rows[blockIdx.z];
-  if constexpr (kOverlaps) WaitForGridBefore();
-  if (row.sequence < 0) return;
+  const DecodeRow row = params.rows[blockIdx.y];
   const int32_t head_tiles = NumHeadTiles(dims);
-  const RowHeads heads(dims, blockIdx.z, blockIdx.y / head_tiles, blockIdx.y % head_tiles);
+  const RowHeads heads(dims, blockIdx.y, blockIdx.x / head_tiles, blockIdx.x % head_tiles);
   const ScratchPlace scratch(params.scratch, layout, heads.row_head(dims));
   const int32_t num_slc = SelectedKeys(dims, row.position).num_parts();
   const int32_t num_win = WindowKeys(dims, row.position).num_parts();
-  WeighParts(scratch.stats(layout.slc) + heads.first, num_slc, layout.num_heads, slc_weights,
-             slc_lse);
-  WeighParts(scratch.stats(layout.win) + heads.first, num_win, layout.num_heads, win_weights,
-             win_lse);
-  __syncthreads();
-
   const int64_t part_stride = int64_t{layout.num_heads} * dims.head_dim_v;
-  const int32_t pieces = dims.head_dim_v / 8;
-  for (int32_t i = threadIdx.x; i < kHeads * pieces; i += kGateThreads) {
-    const int32_t head = blockIdx.x * kHeads + i / pieces, dim = i % pieces * 8;
-    if (head >= heads.count) break;
-    const int32_t q_head = heads.first_q + head;
+  const int32_t pieces = dims.head_dim_v / 8, num_pieces = heads.count * pieces;
+  if constexpr (kOverlaps) WaitForGridBefore();
+  if (row.sequence < 0) return;
+
+  bool is_weighed = false;
+  for (int32_t first = 0; first < num_pieces; first += kGateThreads) {
+    const int32_t i = min(first + static_cast<int32_t>(threadIdx.x), num_pieces - 1);
+    const int32_t head = i / pieces, dim = i % pieces * 8, q_head = heads.first_q + head;
     const int32_t place = (heads.first + head) * dims.head_dim_v + dim;
+    const float* const slc_o = scratch.o(layout.slc) + place;
+    const float* const win_o = scratch.o(layout.win) + place;
+    const PartValues<kAtOnce> slc_values(slc_o, 0, num_slc, part_stride);
+    const PartValues<kAtOnce> win_values(win_o, 0, num_win, part_stride);
+    const PartValues<1> cmp_values(scratch.floats(layout.merged) + place, 0, 1, 0);
     float gate[3];
 #pragma unroll
     for (int b = 0; b < 3; ++b) {
@@ -114,14 +112,33 @@ __global__ void __launch_bounds__(kGateThreads)
           LoadFloat(params.gate_dtype, params.gate,
                     heads.row * params.gate_row_stride + q_head * params.gate_head_stride + b);
     }
+    if (!is_weighed) {
+      const int32_t of_warp = static_cast<int32_t>(threadIdx.x) / 32 * 2;
+      const float2* const slc_stats = scratch.stats(layout.slc) + heads.first;
+      const float2* const win_stats = scratch.stats(layout.win) + heads.first;
+      const PartWeights slc_low(slc_stats, num_slc, layout.num_heads, of_warp);
+      const PartWeights win_low(win_stats, num_win, layout.num_heads, of_warp);
+      const PartWeights slc_high(slc_stats, num_slc, layout.num_heads, of_warp + 1);
+      const PartWeights win_high(win_stats, num_win, layout.num_heads, of_warp + 1);
+      slc_low.Store(slc_weights, slc_lse);
+      win_low.Store(win_weights, win_lse);
+      slc_high.Store(slc_weights, slc_lse);
+      win_high.Store(win_weights, win_lse);
+      __syncthreads();
+      is_weighed = true;
+    }
     float cmp[8] = {}, slc[8] = {}, win[8] = {}, o[8];
-    AddPart(scratch.floats(layout.merged) + place, 1.0f, cmp);
-    MergeParts(scratch.o(layout.slc) + place, num_slc, part_stride, slc_weights, head, slc);
-    MergeParts(scratch.o(layout.win) + place, num_win, part_stride, win_weights, head, win);
+    const float one[kDecodeTileHeads] = {1.0f};
+    cmp_values.AddTo(one, 0, cmp);
+    slc_values.AddTo(slc_weights, head, slc);
+    MergeParts(slc_o, kAtOnce, num_slc, part_stride, slc_weights, head, slc);
+    win_values.AddTo(win_weights, head, win);
+    MergeParts(win_o, kAtOnce, num_win, part_stride, win_weights, head, win);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       o[e] = fmaf(gate[0], cmp[e], fmaf(gate[1], slc[e], gate[2] * win[e]));
     }
+    if (first + static_cast<int32_t>(threadIdx.x) >= num_pieces) continue;
     const auto store = [&](const Tensor3& to, const float(&values)[8]) {
       StoreFloats(dims.dtype, to.data, heads.row * to.row_stride + q_head * to.head_stride + dim,
                   values);

@@ -16,11 +16,9 @@
 
 namespace nsa::kernels::cuda {
 
-constexpr int kChooseThreads = 512;
+constexpr int kChooseThreads = 256;
 // Blocks that are worth a CTA; and whose scores are made at a time.
 constexpr int32_t kChunkBlocks = 1024;
-// CTAs that merge the compressed branch of 16 heads, of 2 heads each.
-constexpr int32_t kMergeCtas = 8;
 
 // Shared memory of a CTA.
 struct ChooseShared {
@@ -327,8 +325,9 @@ __device__ inline void ChooseBlocks(const DecodeSelectParams& params, const Scra
     if (static_cast<int32_t>(blockIdx.x) >= chunk.count) return;
     const DecodeKeys keys = SummaryKeys(dims, row.position);
     for (int32_t first = 0; first < layout.num_heads; first += kDecodeTileHeads) {
-      WeighParts(scratch.stats(layout.cmp) + first, keys.num_parts(), layout.num_heads,
-                 reinterpret_cast<float*>(shared.search()), shared.lse() + first);
+      WeighParts<kChooseThreads>(scratch.stats(layout.cmp) + first, keys.num_parts(),
+                                 layout.num_heads, reinterpret_cast<float*>(shared.search()),
+                                 shared.lse() + first);
     }
     const int32_t size = chunk.end - chunk.begin;
     float* const scores =
@@ -378,25 +377,24 @@ __device__ inline void ChooseBlocks(const DecodeSelectParams& params, const Scra
   }
 }
 
-// Merges the compressed branch for some of 16 heads. All threads.
+// Merges the compressed branch for 16 heads. All threads.
 __device__ inline void MergeCompressed(const DecodeSelectParams& params,
                                        const ScratchPlace& scratch, const ChooseShared& shared,
-                                       const RowHeads& heads, int32_t num_parts, int32_t index) {
-  constexpr int32_t kHeads = kDecodeTileHeads / kMergeCtas;
+                                       const RowHeads& heads, int32_t num_parts) {
   const AttentionDims& dims = params.dims;
   const DecodeScratch& layout = scratch.layout;
   auto* const weights = reinterpret_cast<float*>(shared.search());
   float* const lse = shared.lse();
-  WeighParts(scratch.stats(layout.cmp) + heads.first, num_parts, layout.num_heads, weights, lse);
+  WeighParts<kChooseThreads>(scratch.stats(layout.cmp) + heads.first, num_parts, layout.num_heads,
+                             weights, lse);
   __syncthreads();
   const int32_t pieces = dims.head_dim_v / 8;
-  for (int32_t i = threadIdx.x; i < kHeads * pieces; i += kChooseThreads) {
-    const int32_t head = index * kHeads + i / pieces, dim = i % pieces * 8;
-    if (head >= heads.count) break;
+  for (int32_t i = threadIdx.x; i < heads.count * pieces; i += kChooseThreads) {
+    const int32_t head = i / pieces, dim = i % pieces * 8;
     const int32_t place = (heads.first + head) * dims.head_dim_v + dim;
     const int32_t q_head = heads.first_q + head;
     float sum[8] = {};
-    MergeParts(scratch.o(layout.cmp) + place, num_parts,
+    MergeParts(scratch.o(layout.cmp) + place, 0, num_parts,
                int64_t{layout.num_heads} * dims.head_dim_v, weights, head, sum);
     auto* const to = reinterpret_cast<float4*>(scratch.floats(layout.merged) + place);
     to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
@@ -412,10 +410,10 @@ __device__ inline void MergeCompressed(const DecodeSelectParams& params,
   }
 }
 
-// Grid: (num_choosers + head tiles * kMergeCtas, Hkv, rows). kOverlaps: launched while the kernel
+// Grid: (num_choosers + head tiles, Hkv, rows). kOverlaps: launched while the kernel
 // before may still run (LaunchAfter).
 template <bool kOverlaps>
-__global__ void __launch_bounds__(kChooseThreads)
+__global__ void __launch_bounds__(kChooseThreads, 2)
     DecodeChooseKernel(const __grid_constant__ DecodeSelectParams params,
                        const __grid_constant__ DecodeScratch layout, int32_t num_choosers,
                        int32_t scores_bytes) {
@@ -429,11 +427,10 @@ __global__ void __launch_bounds__(kChooseThreads)
   const ChooseShared shared(dims, layout, memory);
   const int64_t row_head = int64_t{blockIdx.z} * dims.num_kv_heads + blockIdx.y;
   const ScratchPlace scratch(params.scratch, layout, row_head);
-  const int32_t merge = static_cast<int32_t>(blockIdx.x) - num_choosers;
-  if (merge >= 0) {
-    const RowHeads heads(dims, blockIdx.z, blockIdx.y, merge / kMergeCtas);
-    MergeCompressed(params, scratch, shared, heads, SummaryKeys(dims, row.position).num_parts(),
-                    merge % kMergeCtas);
+  const int32_t head_tile = static_cast<int32_t>(blockIdx.x) - num_choosers;
+  if (head_tile >= 0) {
+    MergeCompressed(params, scratch, shared, RowHeads(dims, blockIdx.z, blockIdx.y, head_tile),
+                    SummaryKeys(dims, row.position).num_parts());
   } else {
     ChooseBlocks(params, scratch, shared, row, row_head, num_choosers, scores_bytes);
   }

@@ -122,7 +122,7 @@ cudaError_t LaunchDecodeSelect(const DecodeSelectParams& params, const Device& d
                         device.max_shared_bytes - shared.BytesBeforeScores()));
   return LaunchAfter<DecodeSelectParams, DecodeScratch, int32_t, int32_t>(
       kOverlaps, DecodeChooseKernel<kOverlaps>,
-      dim3(choosers + NumHeadTiles(dims) * kMergeCtas, dims.num_kv_heads,
+      dim3(choosers + NumHeadTiles(dims), dims.num_kv_heads,
            static_cast<unsigned>(params.num_rows)),
       kChooseThreads, shared.BytesBeforeScores() + scores_bytes, stream, params, layout, choosers,
       scores_bytes);
@@ -149,7 +149,7 @@ cudaError_t LaunchDecodeAttend(const DecodeAttendParams& params, const Device& d
   if (error != cudaSuccess) return error;
   return LaunchAfter<DecodeAttendParams, DecodeScratch>(
       kOverlaps, DecodeGateKernel<kOverlaps>,
-      dim3(kGateCtas, static_cast<unsigned>(heads), static_cast<unsigned>(params.num_rows)),
+      dim3(static_cast<unsigned>(heads), static_cast<unsigned>(params.num_rows)),
       kGateThreads, 0, stream, params, layout);
 }
 

@@ -66,64 +66,112 @@ __device__ inline bool ArrivesLast(int32_t* counter, int32_t num_arrivals, int32
   return *flag != 0;
 }
 
-// What the parts of a branch count for 16 heads: o is the sum of weight * o of the parts. stats
-// [num_parts,stride] from the first of the heads on; weights [num_parts,16] and lse [16], in units
-// of log2, are shared. All threads; to be followed by __syncthreads.
-__device__ inline void WeighParts(const float2* stats, int32_t num_parts, int32_t stride,
-                                  float* weights, float* lse) {
-  constexpr int kPerLane = kMaxDecodeParts / 32;
-  const int32_t lane = threadIdx.x % 32, num_warps = static_cast<int32_t>(blockDim.x) / 32;
-  for (int32_t head = threadIdx.x / 32; head < kDecodeTileHeads; head += num_warps) {
-    float2 part[kPerLane];
-    float max = -INFINITY;
+// What the parts of a branch count for a head of 16: o is the sum of weight * o of the parts. A warp
+// takes a head; stats [num_parts,stride] are those of the heads.
+class PartWeights {
+ public:
+  __device__ __forceinline__ PartWeights(const float2* stats, int32_t num_parts, int32_t stride,
+                                         int32_t head)
+      : num_parts_(num_parts), head_(head) {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int32_t index = lane + 32 * i;
-      part[i] =
-          index < num_parts ? __ldcg(stats + index * stride + head) : make_float2(-INFINITY, 0.0f);
-      max = fmaxf(max, part[i].x);
+      const int32_t part = static_cast<int32_t>(threadIdx.x) % 32 + 32 * i;
+      parts_[i] =
+          part < num_parts ? __ldcg(stats + part * stride + head) : make_float2(-INFINITY, 0.0f);
     }
+  }
+  // weights [num_parts,16] and lse [16], in units of log2, are shared.
+  __device__ __forceinline__ void Store(float* weights, float* lse) const {
+    const int32_t lane = threadIdx.x % 32;
+    float max = -INFINITY, sum = 0.0f, of_lane[kPerLane];
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) max = fmaxf(max, parts_[i].x);
     for (int mask = 1; mask < 32; mask *= 2) {
       max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, mask));
     }
-    float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      part[i].x = lane + 32 * i < num_parts ? Exp2(part[i].x - max) : 0.0f;
-      sum += part[i].x * part[i].y;
+      of_lane[i] = lane + 32 * i < num_parts_ ? Exp2(parts_[i].x - max) : 0.0f;
+      sum += of_lane[i] * parts_[i].y;
     }
     for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(kFullWarp, sum, mask);
     const float inverse = __fdividef(1.0f, sum);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (lane + 32 * i < num_parts) weights[(lane + 32 * i) * 16 + head] = part[i].x * inverse;
+      const int32_t part = lane + 32 * i;
+      if (part < num_parts_) weights[part * kDecodeTileHeads + head_] = of_lane[i] * inverse;
     }
-    if (lane == 0) lse[head] = num_parts > 0 ? max + Log2(sum) : -INFINITY;
+    if (lane == 0) lse[head_] = num_parts_ > 0 ? max + Log2(sum) : -INFINITY;
+  }
+
+ private:
+  static constexpr int kPerLane = kMaxDecodeParts / 32;
+
+  const int32_t num_parts_, head_;
+  float2 parts_[kPerLane];  // (max, sum)
+};
+
+// Of 16 heads, by kThreads threads. To be followed by __syncthreads.
+template <int kThreads>
+__device__ __forceinline__ void WeighParts(const float2* stats, int32_t num_parts, int32_t stride,
+                                           float* weights, float* lse) {
+  constexpr int kWarps = kThreads / 32, kHeads = kDecodeTileHeads / kWarps;  // of a warp
+  static_assert(kWarps * kHeads == kDecodeTileHeads);
+  const int32_t first = static_cast<int32_t>(threadIdx.x) / 32 * kHeads;
+  if constexpr (kHeads == 2) {
+    const PartWeights low(stats, num_parts, stride, first);
+    const PartWeights high(stats, num_parts, stride, first + 1);
+    low.Store(weights, lse);
+    high.Store(weights, lse);
+  } else {
+    static_assert(kHeads == 1);
+    PartWeights(stats, num_parts, stride, first).Store(weights, lse);
   }
 }
 
-// sum += weight * eight values.
-__device__ __forceinline__ void AddPart(const float* from, float weight, float (&sum)[8]) {
-  const float4 low = __ldcg(reinterpret_cast<const float4*>(from));
-  const float4 high = __ldcg(reinterpret_cast<const float4*>(from) + 1);
-  const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+// Eight values of a head of 16 in some parts, on their way together.
+template <int kParts>
+class PartValues {
+ public:
+  // Parts from `first` on: o [num_parts] at a distance of part_stride. At least one part exists.
+  __device__ __forceinline__ PartValues(const float* o, int32_t first, int32_t num_parts,
+                                        int64_t part_stride)
+      : first_(first), num_parts_(num_parts) {
 #pragma unroll
-  for (int e = 0; e < 8; ++e) sum[e] = fmaf(weight, values[e], sum[e]);
-}
-
-// Adds up eight values of a head of 16 from the parts: o [num_parts] at a distance of part_stride;
-// weights as of WeighParts.
-__device__ __forceinline__ void MergeParts(const float* o, int32_t num_parts, int64_t part_stride,
-                                           const float* weights, int32_t head, float (&sum)[8]) {
-  constexpr int kBatch = 8;  // loads that are on their way together
-  for (int32_t first = 0; first < num_parts; first += kBatch) {
-#pragma unroll
-    for (int32_t i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kParts; ++i) {
       // What is not there counts nothing, without a branch.
-      const int32_t part = min(first + i, num_parts - 1);
-      AddPart(o + part * part_stride, first + i < num_parts ? weights[part * 16 + head] : 0.0f,
-              sum);
+      const auto* const from = reinterpret_cast<const float4*>(
+          o + max(min(first + i, num_parts - 1), 0) * part_stride);
+      low_[i] = __ldcg(from);
+      high_[i] = __ldcg(from + 1);
     }
+  }
+  // weights as of PartWeights.
+  __device__ __forceinline__ void AddTo(const float* weights, int32_t head,
+                                        float (&sum)[8]) const {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      if (first_ + i >= num_parts_) break;
+      const float weight = weights[(first_ + i) * kDecodeTileHeads + head];
+      const float values[8] = {low_[i].x,  low_[i].y,  low_[i].z,  low_[i].w,
+                               high_[i].x, high_[i].y, high_[i].z, high_[i].w};
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum[e] = fmaf(weight, values[e], sum[e]);
+    }
+  }
+
+ private:
+  const int32_t first_, num_parts_;
+  float4 low_[kParts], high_[kParts];
+};
+
+// Adds up eight values of a head of 16 from parts `first` on.
+__device__ __forceinline__ void MergeParts(const float* o, int32_t first, int32_t num_parts,
+                                           int64_t part_stride, const float* weights, int32_t head,
+                                           float (&sum)[8]) {
+  constexpr int kBatch = 8;
+  for (; first < num_parts; first += kBatch) {
+    PartValues<kBatch>(o, first, num_parts, part_stride).AddTo(weights, head, sum);
   }
 }
 

@@ -294,6 +294,7 @@ class WarpAttention {
     }
     max_[0] = max_[1] = -INFINITY;
     sum_[0] = sum_[1] = 0.0f;
+    is_new_ = true;
   }
 
   // Keys [begin, end) of the 16 in a slot are seen, at least one. p: probabilities relative to the
@@ -320,7 +321,10 @@ class WarpAttention {
       row_max[r] = fmaxf(row_max[r], __shfl_xor_sync(kFullWarp, row_max[r], 2));
       row_max[r] = fmaxf(max_[r], row_max[r] * scale_log2_);
     }
-    if (__any_sync(kFullWarp, row_max[0] > max_[0] || row_max[1] > max_[1])) {
+    if (is_new_) {
+      is_new_ = false;
+      max_[0] = row_max[0], max_[1] = row_max[1];
+    } else if (__any_sync(kFullWarp, row_max[0] > max_[0] || row_max[1] > max_[1])) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float factor = Exp2(max_[r] - row_max[r]);
@@ -475,6 +479,7 @@ class WarpAttention {
   float o_[kColumns][4];
   float max_[2];  // in units of log2
   float sum_[2];  // of this lane's keys
+  bool is_new_;   // no keys have been seen
 };
 
 // Where a CTA is in the ring.

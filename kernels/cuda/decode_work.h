@@ -17,8 +17,10 @@ namespace nsa::kernels::cuda {
 constexpr int32_t kDecodeTileKeys = 128;
 constexpr int32_t kDecodeTileHeads = 16;
 constexpr int32_t kDecodeWarpKeys = 16;
-// Parts of a branch: their results are read by one CTA, so there are not too many of them.
+// Parts of a branch: their results are read by one CTA, so there are not too many of them. From some
+// on they have two tiles, since to end a part costs as much as half a tile.
 constexpr int32_t kMaxDecodeParts = 64;
+constexpr int32_t kManyDecodeTiles = 17;
 // CTAs that choose the blocks of a (row, kv head), each from a chunk of them.
 constexpr int32_t kMaxDecodeChunks = 64;
 
@@ -29,7 +31,9 @@ struct DecodeKeys {
 
   constexpr int32_t num_tiles() const { return (end + kDecodeTileKeys - 1) / kDecodeTileKeys; }
   constexpr int32_t tiles_per_part() const {
-    return (num_tiles() + kMaxDecodeParts - 1) / kMaxDecodeParts;
+    const int32_t least = num_tiles() < kManyDecodeTiles ? 1 : 2;
+    const int32_t fitting = (num_tiles() + kMaxDecodeParts - 1) / kMaxDecodeParts;
+    return fitting > least ? fitting : least;
   }
   constexpr int32_t num_parts() const {
     return end == 0 ? 0 : (num_tiles() + tiles_per_part() - 1) / tiles_per_part();
