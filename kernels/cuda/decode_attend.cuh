@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kStreamThreads<kDv>, 1)
                        const __grid_constant__ DecodeScratch layout, int32_t num_stages) {
   if constexpr (kOverlaps) LetNextGridStart();
   const BlockWork work{params, layout};
-  StreamParts<T, kDk, kDv, kOverlaps>(work, layout, num_stages);
+  StreamParts<T, kDk, kDv, kOverlaps>(work, num_stages);
 }
 
 constexpr int kGateThreads = 256;
@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(kGateThreads)
   __shared__ float slc_lse[kDecodeTileHeads], win_lse[kDecodeTileHeads];
   const AttentionDims& dims = params.dims;
   const DecodeRow row = params.rows[blockIdx.y];
-  const int32_t head_tiles = NumHeadTiles(dims);
-  const RowHeads heads(dims, blockIdx.y, blockIdx.x / head_tiles, blockIdx.x % head_tiles);
+  const int32_t kv_head = layout.head_tiles == 1 ? static_cast<int32_t>(blockIdx.x)
+                                                  : Quotient(blockIdx.x, layout.head_tiles);
+  const RowHeads heads(layout, blockIdx.y, kv_head, blockIdx.x - kv_head * layout.head_tiles);
   const ScratchPlace scratch(params.scratch, layout, heads.row_head(dims));
   const int32_t num_slc = SelectedKeys(dims, row.position).num_parts();
   const int32_t num_win = WindowKeys(dims, row.position).num_parts();
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(kGateThreads)
   bool is_weighed = false;
   for (int32_t first = 0; first < num_pieces; first += kGateThreads) {
     const int32_t i = min(first + static_cast<int32_t>(threadIdx.x), num_pieces - 1);
-    const int32_t head = i / pieces, dim = i % pieces * 8, q_head = heads.first_q + head;
+    const int32_t head = Quotient(i, pieces), dim = (i - head * pieces) * 8;
+    const int32_t q_head = heads.first_q + head;
     const int32_t place = (heads.first + head) * dims.head_dim_v + dim;
     const float* const slc_o = scratch.o(layout.slc) + place;
     const float* const win_o = scratch.o(layout.win) + place;

@@ -17,7 +17,9 @@
 namespace nsa::kernels::cuda {
 
 constexpr int kChooseThreads = 256;
-// Blocks that are worth a CTA; and whose scores are made at a time.
+constexpr int kChooseCtas = 2;  // of one SM
+// Blocks whose scores are made at a time: with fewer one CTA is as fast alone as several, which have
+// half as many each.
 constexpr int32_t kChunkBlocks = 1024;
 
 // Shared memory of a CTA.
@@ -34,9 +36,7 @@ struct ChooseShared {
         num_heads(layout.num_heads),
         places(layout.places),
         num_selected(dims.num_selected_blocks) {
-    const int32_t strides = dims.select_block_tokens / dims.compress_stride_tokens;
-    const int32_t overlap = dims.compress_block_tokens / dims.compress_stride_tokens;
-    batch_groups = (kChunkBlocks * strides + overlap) / kDecodeWarpKeys + 2;
+    batch_groups = (kChunkBlocks * layout.strides + layout.overlap) / kDecodeWarpKeys + 2;
   }
 
   // Weights of parts [kMaxDecodeParts][16], then what a search counts.
@@ -202,25 +202,25 @@ class Chooser {
 
 // NSA equations 9 and 10 for select blocks [begin, end): what groups of summaries give to them, over
 // the heads, each by 2^(maximum of the group - lse). scores [end - begin]. All threads.
-__device__ inline void MakeScores(const AttentionDims& dims, const ScratchPlace& scratch,
-                                  const ChooseShared& shared, int32_t num_summaries, int32_t begin,
-                                  int32_t end, float* scores) {
+__device__ inline void MakeScores(const ScratchPlace& scratch, const ChooseShared& shared,
+                                  int32_t num_summaries, int32_t begin, int32_t end,
+                                  float* scores) {
   constexpr int kAtOnce = 2, kBatch = 5;  // groups and places whose loads are on their way together
-  constexpr int32_t kStep = kChooseThreads / 4;
+  constexpr int32_t kStep = kChooseThreads / 4, kLogWarpKeys = 4;
+  static_assert(1 << kLogWarpKeys == kDecodeWarpKeys);
   const DecodeScratch& layout = scratch.layout;
   const int32_t num_heads = layout.num_heads, places = layout.places;
-  const int32_t group_size = dims.num_q_heads / dims.num_kv_heads;
-  const int32_t strides = dims.select_block_tokens / dims.compress_stride_tokens;
-  const int32_t overlap = dims.compress_block_tokens / dims.compress_stride_tokens;
+  const int32_t group_size = layout.group_size;
+  const int32_t strides = layout.strides, overlap = layout.overlap;
   const int32_t lane = threadIdx.x % 4;
   const float* const maxima = scratch.floats(layout.maxima);
   const float* const reach = scratch.floats(layout.reach);
   const float* const lse = shared.lse();
   const auto first_group = [&](int32_t block) {
-    return max(block * strides - overlap + 1, 0) / kDecodeWarpKeys;
+    return max(block * strides - overlap + 1, 0) >> kLogWarpKeys;
   };
   const auto end_group = [&](int32_t block) {  // of the groups that reach it
-    return (min((block + 1) * strides, num_summaries) + kDecodeWarpKeys - 1) / kDecodeWarpKeys;
+    return (min((block + 1) * strides, num_summaries) + kDecodeWarpKeys - 1) >> kLogWarpKeys;
   };
   for (int32_t first = begin; first < end; first += kChunkBlocks) {
     const int32_t last = min(first + kChunkBlocks, end);
@@ -234,13 +234,13 @@ __device__ inline void MakeScores(const AttentionDims& dims, const ScratchPlace&
           float4 max[kAtOnce], values[kAtOnce][kBatch];
 #pragma unroll
           for (int t = 0; t < kAtOnce; ++t) {
-            const int64_t group = origin + min(i + t * kStep, num_groups - 1);
-            max[t] = __ldcg(reinterpret_cast<const float4*>(maxima + group * num_heads + head));
+            const int64_t of_group = int64_t{origin + min(i + t * kStep, num_groups - 1)} * num_heads;
+            max[t] = __ldcg(reinterpret_cast<const float4*>(maxima + of_group + head));
+            const float* const of_places = reach + of_group * places + head;
 #pragma unroll
             for (int u = 0; u < kBatch; ++u) {
-              const int32_t place = min(batch + u, places - 1);
               values[t][u] = __ldcg(reinterpret_cast<const float4*>(
-                  reach + (group * places + place) * num_heads + head));
+                  of_places + min(batch + u, places - 1) * num_heads));
             }
           }
           const auto factor_of = [&](float group_max, int32_t h) {
@@ -279,11 +279,15 @@ __device__ inline void MakeScores(const AttentionDims& dims, const ScratchPlace&
          block += kChooseThreads) {
       float score = 0.0f;
       for (int32_t group = first_group(block); group < end_group(block); ++group) {
-        score += shared.reach()[(group - origin) * places + block - FirstReached(dims, group)];
+        score += shared.reach()[(group - origin) * places + block - layout.FirstReached(group)];
       }
       scores[block - begin] = score;
     }
   }
+}
+
+constexpr int64_t MostChunks(int64_t blocks) {
+  return blocks <= kChunkBlocks ? 1 : (2 * blocks + kChunkBlocks - 1) / kChunkBlocks;
 }
 
 // Chunk `index` of how many; CTAs from `count` on have none.
@@ -296,9 +300,8 @@ struct Chunk {
     const int32_t first = dims.num_initial_blocks;
     const int64_t size = num_candidates - dims.num_local_blocks - first;
     // Each has at least as many blocks as are chosen.
-    const auto most = static_cast<int32_t>(min((size + kChunkBlocks - 1) / kChunkBlocks,  //
-                                               size / num_free));
-    count = max(min(num_choosers, most), 1);
+    const int64_t most = min(MostChunks(size), size / num_free);
+    count = static_cast<int32_t>(max(min(int64_t{num_choosers}, most), int64_t{1}));
     begin = first + static_cast<int32_t>(size * index / count);
     end = first + static_cast<int32_t>(size * (index + 1) / count);
   }
@@ -332,7 +335,7 @@ __device__ inline void ChooseBlocks(const DecodeSelectParams& params, const Scra
     const int32_t size = chunk.end - chunk.begin;
     float* const scores =
         size * 4 <= scores_bytes ? shared.scores() : scratch.floats(layout.scores) + chunk.begin;
-    MakeScores(dims, scratch, shared, keys.end, chunk.begin, chunk.end, scores);
+    MakeScores(scratch, shared, keys.end, chunk.begin, chunk.end, scores);
     __syncthreads();
     int32_t* const free = list + num_initial;
     if (size > num_free) {
@@ -390,7 +393,7 @@ __device__ inline void MergeCompressed(const DecodeSelectParams& params,
   __syncthreads();
   const int32_t pieces = dims.head_dim_v / 8;
   for (int32_t i = threadIdx.x; i < heads.count * pieces; i += kChooseThreads) {
-    const int32_t head = i / pieces, dim = i % pieces * 8;
+    const int32_t head = Quotient(i, pieces), dim = (i - head * pieces) * 8;
     const int32_t place = (heads.first + head) * dims.head_dim_v + dim;
     const int32_t q_head = heads.first_q + head;
     float sum[8] = {};
@@ -413,7 +416,7 @@ __device__ inline void MergeCompressed(const DecodeSelectParams& params,
 // Grid: (num_choosers + head tiles, Hkv, rows). kOverlaps: launched while the kernel
 // before may still run (LaunchAfter).
 template <bool kOverlaps>
-__global__ void __launch_bounds__(kChooseThreads, 2)
+__global__ void __launch_bounds__(kChooseThreads, kChooseCtas)
     DecodeChooseKernel(const __grid_constant__ DecodeSelectParams params,
                        const __grid_constant__ DecodeScratch layout, int32_t num_choosers,
                        int32_t scores_bytes) {
@@ -429,7 +432,7 @@ __global__ void __launch_bounds__(kChooseThreads, 2)
   const ScratchPlace scratch(params.scratch, layout, row_head);
   const int32_t head_tile = static_cast<int32_t>(blockIdx.x) - num_choosers;
   if (head_tile >= 0) {
-    MergeCompressed(params, scratch, shared, RowHeads(dims, blockIdx.z, blockIdx.y, head_tile),
+    MergeCompressed(params, scratch, shared, RowHeads(layout, blockIdx.z, blockIdx.y, head_tile),
                     SummaryKeys(dims, row.position).num_parts());
   } else {
     ChooseBlocks(params, scratch, shared, row, row_head, num_choosers, scores_bytes);

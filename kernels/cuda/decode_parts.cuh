@@ -41,13 +41,13 @@ struct RowHeads {
   int32_t count;    // up to 16
   int32_t first_q;  // of q
 
-  __device__ RowHeads(const AttentionDims& dims, int32_t row_of_heads, int32_t kv_head_of_heads,
+  __device__ RowHeads(const DecodeScratch& layout, int32_t row_of_heads, int32_t kv_head_of_heads,
                       int32_t head_tile)
-      : row(row_of_heads), kv_head(kv_head_of_heads), first(head_tile * kDecodeTileHeads) {
-    const int32_t group_size = dims.num_q_heads / dims.num_kv_heads;
-    count = min(kDecodeTileHeads, group_size - first);
-    first_q = kv_head * group_size + first;
-  }
+      : row(row_of_heads),
+        kv_head(kv_head_of_heads),
+        first(head_tile * kDecodeTileHeads),
+        count(min(kDecodeTileHeads, layout.group_size - first)),
+        first_q(kv_head * layout.group_size + first) {}
   __device__ int64_t row_head(const AttentionDims& dims) const {
     return int64_t{row} * dims.num_kv_heads + kv_head;
   }

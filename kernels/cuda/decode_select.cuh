@@ -43,12 +43,10 @@ __device__ __forceinline__ void StoreReachOf4(const float (&p)[2][4], int32_t nu
 }
 
 // The same for any blocks, through shared memory [16][kPStride] of the warp.
-__device__ inline void StoreReach(const AttentionDims& dims, const DecodeScratch& layout,
-                                  const float (&p)[2][4], int32_t first, float* shared,
-                                  float* reach) {
-  const int32_t strides = dims.select_block_tokens / dims.compress_stride_tokens;
-  const int32_t overlap = dims.compress_block_tokens / dims.compress_stride_tokens;
-  const int32_t first_block = FirstReached(dims, first / kDecodeWarpKeys);
+__device__ inline void StoreReach(const DecodeScratch& layout, const float (&p)[2][4],
+                                  int32_t first, float* shared, float* reach) {
+  const int32_t strides = layout.strides, overlap = layout.overlap;
+  const int32_t first_block = layout.FirstReached(first / kDecodeWarpKeys);
   const int32_t lane = threadIdx.x % 32, head = lane % 16;
   __syncwarp();  // what was there has been read
 #pragma unroll
@@ -111,7 +109,6 @@ struct SummaryWork {
   __device__ __forceinline__ void StoreKeys(const StreamRound& round, int32_t key, float max_low,
                                             float max_high, const float (&p)[2][4],
                                             float* shared) const {
-    const AttentionDims& dims = params.dims;
     const int32_t lane = threadIdx.x % 32;
     const int64_t of_group = int64_t{key / kDecodeWarpKeys} * layout.num_heads;
     if (lane % 4 == 0) {
@@ -119,11 +116,10 @@ struct SummaryWork {
       round.maxima[of_group + lane / 4 + 8] = max_high;
     }
     float* const reach = round.reach + of_group * layout.places;
-    if (dims.select_block_tokens == 4 * dims.compress_stride_tokens &&
-        dims.compress_block_tokens == 2 * dims.compress_stride_tokens) {
+    if (layout.strides == 4 && layout.overlap == 2) {
       StoreReachOf4(p, layout.num_heads, reach);
     } else {
-      StoreReach(dims, layout, p, key, shared, reach);
+      StoreReach(layout, p, key, shared, reach);
     }
   }
 };
@@ -135,7 +131,7 @@ __global__ void __launch_bounds__(kStreamThreads<kDv>, 1)
                        const __grid_constant__ DecodeScratch layout, int32_t num_stages) {
   if constexpr (kOverlaps) LetNextGridStart();
   const SummaryWork work{params, layout};
-  StreamParts<T, kDk, kDv, kOverlaps>(work, layout, num_stages);
+  StreamParts<T, kDk, kDv, kOverlaps>(work, num_stages);
 }
 
 }  // namespace nsa::kernels::cuda

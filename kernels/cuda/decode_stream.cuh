@@ -91,7 +91,7 @@ class PartCursor {
       sequence_ = of_lane.sequence;
       position_ = static_cast<int32_t>(of_lane.position);
       if (sequence_ >= 0) {
-        count = Work::NumParts(dims(), position_) * NumHeadTiles(dims()) * dims().num_kv_heads;
+        count = Work::NumParts(dims(), position_) * work_.layout.head_tiles * dims().num_kv_heads;
       }
     }
     end_ = count;
@@ -109,7 +109,8 @@ class PartCursor {
       if (hits != 0) {
         const int32_t source = __ffs(hits) - 1;
         const int32_t in_row = index_ - __shfl_sync(kFullWarp, begin_, source);
-        const int32_t head_tiles = NumHeadTiles(dims()), heads = head_tiles * dims().num_kv_heads;
+        const int32_t head_tiles = work_.layout.head_tiles;
+        const int32_t heads = head_tiles * dims().num_kv_heads;
         part_.row = first_row_ + source;
         part_.sequence = __shfl_sync(kFullWarp, sequence_, source);
         part_.position = __shfl_sync(kFullWarp, position_, source);
@@ -497,6 +498,7 @@ struct StreamStage {
 
 // What warps do that copy. Work:
 //   params       of the stage: dims, rows, num_rows, q, scratch
+//   layout       of the scratch
 //   kLayout      of its keys
 //   kGivesPages  pages are known before the kernel before this one has ended
 //   NumParts(dims, position)
@@ -505,11 +507,11 @@ struct StreamStage {
 //   Keys(part, key, page)
 //   SetPlaces(part, heads, scratch, round): where results go
 template <class T, int kDk, int kDv, bool kOverlaps, class Work>
-__device__ __forceinline__ void CopyParts(const Work& work, const DecodeScratch& layout,
-                                          const StreamShared& shared) {
+__device__ __forceinline__ void CopyParts(const Work& work, const StreamShared& shared) {
   constexpr int kWarps = kStreamWarps<kDv>, kThreads = kWarps * 16;
   const auto& params = work.params;
   const AttentionDims& dims = params.dims;
+  const DecodeScratch& layout = work.layout;
   const StreamHeads<T, kDk, kDv, Work::kLayout> slots(dims);
   const int32_t thread = static_cast<int32_t>(threadIdx.x) - kWarps * 32;
   const int32_t first_slot = thread / 32 * 2;
@@ -539,7 +541,7 @@ __device__ __forceinline__ void CopyParts(const Work& work, const DecodeScratch&
   };
   while (cursor.exists()) {
     wait_for_stage();
-    const RowHeads heads(dims, cursor->row, cursor->kv_head, cursor->head_tile);
+    const RowHeads heads(layout, cursor->row, cursor->kv_head, cursor->head_tile);
     if (cursor.IsFirstRound()) {
       const char* const q = static_cast<const char*>(params.q.data) +
                             (heads.row * params.q.row_stride +
@@ -617,8 +619,7 @@ __device__ __forceinline__ void AttendToParts(const Work& work, const StreamShar
 }
 
 template <class T, int kDk, int kDv, bool kOverlaps, class Work>
-__device__ __forceinline__ void StreamParts(const Work& work, const DecodeScratch& layout,
-                                            int32_t num_stages) {
+__device__ __forceinline__ void StreamParts(const Work& work, int32_t num_stages) {
   extern __shared__ __align__(128) char memory[];
   constexpr int kWarps = kStreamWarps<kDv>;
   const StreamShared shared(work.params.dims, memory, kWarps, num_stages);
@@ -630,7 +631,7 @@ __device__ __forceinline__ void StreamParts(const Work& work, const DecodeScratc
   }
   __syncthreads();
   if (threadIdx.x >= kWarps * 32) {
-    CopyParts<T, kDk, kDv, kOverlaps>(work, layout, shared);
+    CopyParts<T, kDk, kDv, kOverlaps>(work, shared);
   } else {
     AttendToParts<T, kDk, kDv>(work, shared);
   }

@@ -24,6 +24,11 @@ constexpr int32_t kManyDecodeTiles = 17;
 // CTAs that choose the blocks of a (row, kv head), each from a chunk of them.
 constexpr int32_t kMaxDecodeChunks = 64;
 
+// Positions are below 2^31: divisions of 64 bits would cost more than a tile's arithmetic.
+constexpr int32_t Quotient(int64_t a, int32_t b) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
+}
+
 // Keys [begin, end) of a query in one branch, as tiles and parts. begin < 16.
 struct DecodeKeys {
   int32_t begin = 0;
@@ -36,18 +41,13 @@ struct DecodeKeys {
     return fitting > least ? fitting : least;
   }
   constexpr int32_t num_parts() const {
-    return end == 0 ? 0 : (num_tiles() + tiles_per_part() - 1) / tiles_per_part();
+    return Quotient(num_tiles() + tiles_per_part() - 1, tiles_per_part());
   }
 };
 
 // Of 16 heads.
 constexpr int32_t NumHeadTiles(const AttentionDims& dims) {
   return (dims.num_q_heads / dims.num_kv_heads + kDecodeTileHeads - 1) / kDecodeTileHeads;
-}
-
-// Positions are below 2^31: divisions of 64 bits would cost more than a tile's arithmetic.
-constexpr int32_t Quotient(int64_t a, int32_t b) {
-  return static_cast<int32_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
 }
 
 // Blocks that the query at `position` may select, its own the last.
@@ -93,7 +93,11 @@ struct DecodePartsLayout {
 // is zero before and after each kernel. What is said of 16 keys of the summaries counts them from a
 // multiple of 16 on.
 struct DecodeScratch {
+  int32_t group_size;   // query heads of a kv head
+  int32_t head_tiles;   // of 16 heads, of the group
   int32_t num_heads;    // of the group, padded
+  int32_t strides;      // of a select block, l'/d
+  int32_t overlap;      // strides of a compression block, l/d
   int32_t places;       // select blocks that 16 summaries can reach
   int64_t counter;      // int32, arrivals of CTAs that choose
   int64_t maxima;       // [groups of 16 keys,heads] f32, the maximum that `reach` is relative to
@@ -104,21 +108,23 @@ struct DecodeScratch {
   DecodePartsLayout cmp, slc, win;
   int64_t merged;  // [heads,Dv] f32, o_cmp
   int64_t bytes;   // of all
-};
 
-// The first select block that 16 summaries from 16 * group on reach.
-constexpr int32_t FirstReached(const AttentionDims& dims, int32_t group) {
-  return group * kDecodeWarpKeys / (dims.select_block_tokens / dims.compress_stride_tokens);
-}
+  // The first select block that 16 summaries from 16 * group on reach.
+  constexpr int32_t FirstReached(int32_t group) const {
+    return strides == 4 ? group * 4 : Quotient(group * kDecodeWarpKeys, strides);
+  }
+};
 
 constexpr DecodeScratch MakeDecodeScratch(const AttentionDims& dims, int64_t max_tokens) {
   constexpr int64_t kAlignment = 256;
   DecodeScratch s{};
-  s.num_heads = NumHeadTiles(dims) * kDecodeTileHeads;
-  const int32_t strides = dims.select_block_tokens / dims.compress_stride_tokens;
-  const int32_t reach = dims.compress_block_tokens / dims.compress_stride_tokens;
-  const int32_t most_before = kDecodeWarpKeys % strides == 0 ? 0 : strides - 1;  // in its block
-  s.places = (most_before + kDecodeWarpKeys + reach - 2) / strides + 1;
+  s.group_size = dims.num_q_heads / dims.num_kv_heads;
+  s.head_tiles = NumHeadTiles(dims);
+  s.num_heads = s.head_tiles * kDecodeTileHeads;
+  s.strides = dims.select_block_tokens / dims.compress_stride_tokens;
+  s.overlap = dims.compress_block_tokens / dims.compress_stride_tokens;
+  const int32_t most_before = kDecodeWarpKeys % s.strides == 0 ? 0 : s.strides - 1;  // in its block
+  s.places = (most_before + kDecodeWarpKeys + s.overlap - 2) / s.strides + 1;
 
   int64_t offset = 0;
   const auto take = [&](int64_t num_bytes) {
