@@ -25,21 +25,20 @@ struct BlockWork {
     if (part.is_window) part.part -= selected.num_parts();
     part.Take(part.is_window ? WindowKeys(dims, part.position) : selected, part.part);
   }
-  // The record of the kv head in the page.
-  __device__ const char* Page(const StreamPart& part, int32_t key) const {
+  __device__ int32_t Block(const StreamPart& part, int32_t key) const {
     const AttentionDims& dims = params.dims;
-    const int64_t first = int64_t{part.sequence} * params.tables.max_pages;
-    const void* page;
     if (part.is_window) {
-      page = params.tables.win[first + Quotient(WindowOrigin(dims, part.position) + key,
-                                                dims.select_block_tokens)];
-    } else {
-      const int64_t row_head = int64_t{part.row} * dims.num_kv_heads + part.kv_head;
-      page = params.tables.slc[first + __ldcg(params.block_indices +
-                                              row_head * dims.num_selected_blocks +
-                                              Quotient(key, dims.select_block_tokens))];
+      return Quotient(WindowOrigin(dims, part.position) + key, dims.select_block_tokens);
     }
-    return static_cast<const char*>(page) + part.kv_head * RecordBytes(dims);
+    const int64_t row_head = int64_t{part.row} * dims.num_kv_heads + part.kv_head;
+    return __ldcg(params.block_indices + row_head * dims.num_selected_blocks +
+                  Quotient(key, dims.select_block_tokens));
+  }
+  // The record of the kv head in the page.
+  __device__ const char* Page(const StreamPart& part, int32_t block) const {
+    void* const* const table = part.is_window ? params.tables.win : params.tables.slc;
+    return static_cast<const char*>(table[part.sequence * params.tables.max_pages + block]) +
+           part.kv_head * RecordBytes(params.dims);
   }
   __device__ WarpKeys Keys(const StreamPart& part, int32_t key, const char* record) const {
     const AttentionDims& dims = params.dims;

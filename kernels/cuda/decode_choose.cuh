@@ -61,34 +61,27 @@ struct ChooseShared {
   }
 };
 
-// The best `count` of `num` scores in shared or global memory, of equal ones the first; fewer than
-// all of them. All threads, which have met at a barrier since the scores were written.
-class Chooser {
- public:
-  __device__ Chooser(const ChooseShared& shared, const float* scores, int32_t num)
-      : shared_(shared), scores_(scores), num_(num) {}
+// The best `count` of `num` scores, of equal ones the first; fewer than all of them. Arguments are
+// plain, so that a call takes them in registers.
+struct Chooser {
+  char* search;
+  int32_t* words;
+  const float* scores;  // in shared or global memory
+  int32_t num, count;
+  int32_t* to;  // shared
 
-  // Writes their numbers in ascending order to shared memory. To be followed by __syncthreads.
-  __device__ __noinline__ void Run(int32_t count, int32_t* to) const {
-    if (ChooseFew(count, to)) return;
-    __syncthreads();
-    Choose(count, to);
-  }
-
- private:
   // If they are few and stand out; else returns false. As many groups of threads have one that is
   // no worse than the count-th best of the groups' best; what is no worse than that is ranked one
   // by one.
-  __device__ bool ChooseFew(int32_t count, int32_t* to) const {
+  __device__ __forceinline__ bool ChooseFew() const {
     constexpr int32_t kGroups = 64, kPerGroup = kChooseThreads / kGroups, kMost = 256;
     if (count > kGroups) return false;
-    auto* const best = reinterpret_cast<uint32_t*>(shared_.search());  // [kGroups]
+    auto* const best = reinterpret_cast<uint32_t*>(search);  // [kGroups]
     auto* const keys = reinterpret_cast<uint64_t*>(best + kGroups);    // [kMost]
     auto* const is_chosen = reinterpret_cast<int32_t*>(keys + kMost);  // [kMost]
-    int32_t* const words = shared_.words();
     uint32_t top = 0;
 #pragma unroll 4
-    for (int32_t i = threadIdx.x; i < num_; i += kChooseThreads) top = max(top, KeyOf(i));
+    for (int32_t i = threadIdx.x; i < num; i += kChooseThreads) top = max(top, KeyOf(i));
 #pragma unroll
     for (int mask = 1; mask < kPerGroup; mask *= 2) {
       top = max(top, __shfl_xor_sync(kFullWarp, top, mask));
@@ -109,7 +102,7 @@ class Chooser {
     __syncthreads();
     const auto least = max(static_cast<uint32_t>(words[1]), 1u);
 #pragma unroll 4
-    for (int32_t i = threadIdx.x; i < num_; i += kChooseThreads) {
+    for (int32_t i = threadIdx.x; i < num; i += kChooseThreads) {
       const uint32_t key = KeyOf(i);
       if (key < least) continue;
       const int32_t place = atomicAdd(words, 1);
@@ -136,11 +129,10 @@ class Chooser {
   }
 
   // In any case, by a search for the last one's key, 11 bits at a time.
-  __device__ void Choose(int32_t count, int32_t* to) const {
+  __device__ __forceinline__ void Choose() const {
     constexpr int kBits = ChooseShared::kBits, kDigits = 1 << kBits;
     constexpr int kPerThread = kDigits / kChooseThreads;
-    auto* const counts = reinterpret_cast<int32_t*>(shared_.search());
-    int32_t* const words = shared_.words();
+    auto* const counts = reinterpret_cast<int32_t*>(search);
     uint32_t known = 0;    // of the last key that is chosen
     int32_t left = count;  // to choose of those that share `known`
     for (int32_t shift = 32 - kBits; shift > -kBits; shift -= kBits) {
@@ -148,7 +140,7 @@ class Chooser {
       for (int32_t i = threadIdx.x; i < kDigits; i += kChooseThreads) counts[i] = 0;
       __syncthreads();
 #pragma unroll 4
-      for (int32_t i = threadIdx.x; i < num_; i += kChooseThreads) {
+      for (int32_t i = threadIdx.x; i < num; i += kChooseThreads) {
         const uint32_t key = KeyOf(i);
         if ((static_cast<uint64_t>(key) >> (low + bits)) == known) {
           atomicAdd(counts + (key >> low & ((1u << bits) - 1)), 1);
@@ -172,9 +164,9 @@ class Chooser {
       left = words[kDigitWord + 1];
     }
     // Each thread has some in a row; of equal ones the first are chosen.
-    const int32_t per_thread = (num_ + kChooseThreads - 1) / kChooseThreads;
-    const int32_t first = min(static_cast<int32_t>(threadIdx.x) * per_thread, num_);
-    const int32_t last = min(first + per_thread, num_);
+    const int32_t per_thread = (num + kChooseThreads - 1) / kChooseThreads;
+    const int32_t first = min(static_cast<int32_t>(threadIdx.x) * per_thread, num);
+    const int32_t last = min(first + per_thread, num);
     int32_t num_better = 0, num_equal = 0, total;
 #pragma unroll 4
     for (int32_t i = first; i < last; ++i) {
@@ -191,14 +183,20 @@ class Chooser {
     }
   }
 
-  __device__ uint32_t KeyOf(int32_t i) const { return ScoreKey(scores_[i]); }
+  __device__ uint32_t KeyOf(int32_t i) const { return ScoreKey(scores[i]); }
 
   static constexpr int kDigitWord = kChooseThreads / 32;  // behind what scans use
-
-  const ChooseShared& shared_;
-  const float* const scores_;
-  const int32_t num_;
 };
+
+// Writes their numbers in ascending order. All threads, which have met at a barrier since the scores
+// were written; to be followed by __syncthreads.
+__device__ __noinline__ inline void ChooseBest(char* search, int32_t* words, const float* scores,
+                                        int32_t num, int32_t count, int32_t* to) {
+  const Chooser chooser{search, words, scores, num, count, to};
+  if (chooser.ChooseFew()) return;
+  __syncthreads();
+  chooser.Choose();
+}
 
 // NSA equations 9 and 10 for select blocks [begin, end): what groups of summaries give to them, over
 // the heads, each by 2^(maximum of the group - lse). scores [end - begin]. All threads.
@@ -278,6 +276,14 @@ __device__ inline void MakeScores(const ScratchPlace& scratch, const ChooseShare
     for (int32_t block = first + static_cast<int32_t>(threadIdx.x); block < last;
          block += kChooseThreads) {
       float score = 0.0f;
+      if (strides == 4 && overlap == 2) {
+        // Of its own group, and the first of four of the group before.
+        const int32_t group = block / 4, place = (group - origin) * 5 + block % 4;
+        if (block % 4 == 0 && group > 0) score = shared.reach()[place - 1];
+        if (group < end_group(block)) score += shared.reach()[place];
+        scores[block - begin] = score;
+        continue;
+      }
       for (int32_t group = first_group(block); group < end_group(block); ++group) {
         score += shared.reach()[(group - origin) * places + block - layout.FirstReached(group)];
       }
@@ -286,7 +292,7 @@ __device__ inline void MakeScores(const ScratchPlace& scratch, const ChooseShare
   }
 }
 
-constexpr int64_t MostChunks(int64_t blocks) {
+constexpr int32_t MostChunks(int32_t blocks) {
   return blocks <= kChunkBlocks ? 1 : (2 * blocks + kChunkBlocks - 1) / kChunkBlocks;
 }
 
@@ -298,12 +304,12 @@ struct Chunk {
   __device__ Chunk(const AttentionDims& dims, int32_t num_candidates, int32_t num_free,
                    int32_t num_choosers, int32_t index) {
     const int32_t first = dims.num_initial_blocks;
-    const int64_t size = num_candidates - dims.num_local_blocks - first;
+    const int32_t size = num_candidates - dims.num_local_blocks - first;
     // Each has at least as many blocks as are chosen.
-    const int64_t most = min(MostChunks(size), size / num_free);
-    count = static_cast<int32_t>(max(min(int64_t{num_choosers}, most), int64_t{1}));
-    begin = first + static_cast<int32_t>(size * index / count);
-    end = first + static_cast<int32_t>(size * (index + 1) / count);
+    count = num_free <= kChunkBlocks / 4 ? min(num_choosers, MostChunks(size)) : 1;
+    const int32_t each = Quotient(size, count), more = size - each * count;
+    begin = first + each * index + min(index, more);
+    end = begin + each + (index < more ? 1 : 0);
   }
 };
 
@@ -339,7 +345,7 @@ __device__ inline void ChooseBlocks(const DecodeSelectParams& params, const Scra
     __syncthreads();
     int32_t* const free = list + num_initial;
     if (size > num_free) {
-      Chooser(shared, scores, size).Run(num_free, free);
+      ChooseBest(shared.search(), shared.words(), scores, size, num_free, free);
     } else {
       for (int32_t i = threadIdx.x; i < num_free; i += kChooseThreads) free[i] = i;
     }
@@ -363,7 +369,7 @@ __device__ inline void ChooseBlocks(const DecodeSelectParams& params, const Scra
         }
         __syncthreads();
       }
-      Chooser(shared, to_choose, num_best).Run(num_free, free);
+      ChooseBest(shared.search(), shared.words(), to_choose, num_best, num_free, free);
       __syncthreads();
       for (int32_t i = threadIdx.x; i < num_free; i += kChooseThreads) {
         free[i] = __ldcg(best_blocks + free[i]);

@@ -110,9 +110,9 @@ cudaError_t LaunchDecodeSelect(const DecodeSelectParams& params, const Device& d
 
   // As many CTAs choose as find room at once, but enough that scores fit, if that can be.
   constexpr int32_t kMostScores = 8192;
-  const int64_t blocks = NumCandidates(dims, last);
-  const int64_t most = std::min<int64_t>(MostChunks(blocks), kMaxDecodeChunks);
-  const int64_t least = std::min((blocks + kMostScores - 1) / kMostScores, most);
+  const int32_t blocks = NumCandidates(dims, last);
+  const int64_t most = std::min(MostChunks(blocks), kMaxDecodeChunks);
+  const int64_t least = std::min<int64_t>((blocks + kMostScores - 1) / kMostScores, most);
   const auto choosers = static_cast<int32_t>(
       std::clamp<int64_t>(kChooseCtas * int64_t{device.num_sms} / row_heads - 1, least, most));
   const ChooseShared shared(dims, layout, nullptr);

@@ -76,8 +76,8 @@ class PartWeights {
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
       const int32_t part = static_cast<int32_t>(threadIdx.x) % 32 + 32 * i;
-      parts_[i] =
-          part < num_parts ? __ldcg(stats + part * stride + head) : make_float2(-INFINITY, 0.0f);
+      parts_[i] = make_float2(-INFINITY, 0.0f);
+      if (part < num_parts) parts_[i] = __ldcg(stats + part * stride + head);
     }
   }
   // weights [num_parts,16] and lse [16], in units of log2, are shared.
@@ -91,8 +91,9 @@ class PartWeights {
     }
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      of_lane[i] = lane + 32 * i < num_parts_ ? Exp2(parts_[i].x - max) : 0.0f;
-      sum += of_lane[i] * parts_[i].y;
+      of_lane[i] = 0.0f;
+      if (lane + 32 * i < num_parts_) of_lane[i] = Exp2(parts_[i].x - max);
+      sum = fmaf(of_lane[i], parts_[i].y, sum);
     }
     for (int mask = 1; mask < 32; mask *= 2) sum += __shfl_xor_sync(kFullWarp, sum, mask);
     const float inverse = __fdividef(1.0f, sum);

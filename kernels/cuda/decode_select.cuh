@@ -84,10 +84,12 @@ struct SummaryWork {
   __device__ static void Locate(const AttentionDims& dims, StreamPart& part) {
     part.Take(SummaryKeys(dims, part.position), part.part);
   }
-  __device__ const char* Page(const StreamPart& part, int32_t key) const {
+  __device__ int32_t Block(const StreamPart&, int32_t key) const {
+    return key / kSummaryPageBlocks;
+  }
+  __device__ const char* Page(const StreamPart& part, int32_t block) const {
     return static_cast<const char*>(
-        params.tables.summaries[part.sequence * params.tables.max_summary_pages +
-                                key / kSummaryPageBlocks]);
+        params.tables.summaries[part.sequence * params.tables.max_summary_pages + block]);
   }
   __device__ WarpKeys Keys(const StreamPart& part, int32_t key, const char* page) const {
     const AttentionDims& dims = params.dims;

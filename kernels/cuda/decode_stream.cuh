@@ -503,8 +503,8 @@ struct StreamStage {
 //   kGivesPages  pages are known before the kernel before this one has ended
 //   NumParts(dims, position)
 //   Locate(dims, part): makes part.part, of the row, one of a branch, and sets what it is
-//   Page(part, key)       the address of what Keys is then given: where 16 keys from `key` on are
-//   Keys(part, key, page)
+//   Block(part, key), Page(part, block), Keys(part, key, page): where 16 keys from `key` on
+//                are, in three steps, since each may have to be loaded
 //   SetPlaces(part, heads, scratch, round): where results go
 template <class T, int kDk, int kDv, bool kOverlaps, class Work>
 __device__ __forceinline__ void CopyParts(const Work& work, const StreamShared& shared) {
@@ -516,21 +516,33 @@ __device__ __forceinline__ void CopyParts(const Work& work, const StreamShared& 
   const int32_t thread = static_cast<int32_t>(threadIdx.x) - kWarps * 32;
   const int32_t first_slot = thread / 32 * 2;
 
-  PartCursor<Work, kWarps * kDecodeWarpKeys> cursor(work);
-  if constexpr (kOverlaps && !Work::kGivesPages) WaitForGridBefore();
-  // On their way while the ring is full.
+  // Addresses of pages are on their way a round ahead, and what blocks they are of two.
+  using Cursor = PartCursor<Work, kWarps * kDecodeWarpKeys>;
+  Cursor cursor(work), scout = cursor;
+  int32_t blocks[2];
   const char* pages[2];
-  const auto key_of = [&](int h) { return cursor->key + (first_slot + h) * kDecodeWarpKeys; };
+  const auto key_of = [&](const Cursor& at, int h) {
+    return at->key + (first_slot + h) * kDecodeWarpKeys;
+  };
+  const auto find_blocks = [&] {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int32_t key = key_of(scout, h);
+      const bool is_seen = scout.exists() && key < scout->end_key &&
+                           key + kDecodeWarpKeys > scout->keys.begin;
+      blocks[h] = is_seen ? work.Block(*scout, key) : -1;
+    }
+  };
   const auto find_pages = [&] {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int32_t key = key_of(h);
-      pages[h] = cursor.exists() && key < cursor->end_key &&
-                         key + kDecodeWarpKeys > cursor->keys.begin
-                     ? work.Page(*cursor, key)
-                     : nullptr;
+      pages[h] = blocks[h] >= 0 ? work.Page(*scout, blocks[h]) : nullptr;
     }
+    if (scout.exists()) scout.Next();
+    find_blocks();
   };
+  if constexpr (kOverlaps && !Work::kGivesPages) WaitForGridBefore();
+  find_blocks();
   find_pages();
   if constexpr (kOverlaps && Work::kGivesPages) WaitForGridBefore();
 
@@ -559,8 +571,8 @@ __device__ __forceinline__ void CopyParts(const Work& work, const StreamShared& 
     for (int h = 0; h < 2; ++h) {
       if (pages[h] == nullptr) continue;
       slots.Copy(SharedAddress(shared.slot(stage.index, first_slot + h)),
-                 work.Keys(*cursor, key_of(h), pages[h]), cursor->keys.begin - key_of(h),
-                 cursor->end_key - key_of(h));
+                 work.Keys(*cursor, key_of(cursor, h), pages[h]),
+                 cursor->keys.begin - key_of(cursor, h), cursor->end_key - key_of(cursor, h));
     }
     BarrierArriveAfterCopies(shared.full(stage.index));
     if (thread == 0) {
