@@ -13,9 +13,9 @@ cudaError_t LaunchDecodeSelectAny(const DecodeSelectParams& params, const Device
   return LaunchDecodeSelect<false>(params, device, stream);
 }
 
-cudaError_t LaunchDecodeAttendAny(const DecodeAttendParams& params, const Device&,
+cudaError_t LaunchDecodeAttendAny(const DecodeAttendParams& params, const Device& device,
                                   cudaStream_t stream) {
-  return LaunchDecodeAttend<false>(params, stream);
+  return LaunchDecodeAttend<false>(params, device, stream);
 }
 
 }  // namespace nsa::kernels::cuda

@@ -1,88 +1,111 @@
-// DecodeAttend: new tokens' attention over the selected blocks, and the gate over all branches.
-//
-// A CTA owns (row, kv head, 16 heads) and a part of the selected blocks, of which it leaves o and
-// statistics in the scratch; or a quarter of the heads of the compressed branch, whose parts it
-// merges. The CTA that is the last to arrive merges what there is of the selected blocks and of the
-// window, and writes o.
-//
-// Shared memory: DecodeShared. For merging, instead of V: weights of the parts of two branches
-// [64][16], and lse of their heads.
+// DecodeAttend: new tokens' attention over the selected blocks and the window, in one kernel; and
+// the merging of all branches by their gates, in another.
 #ifndef KERNELS_CUDA_DECODE_ATTEND_CUH_
 #define KERNELS_CUDA_DECODE_ATTEND_CUH_
 
 #include <cstdint>
 
-#include "kernels/cuda/decode_tiles.cuh"
-#include "kernels/cuda/grid_order.cuh"
+#include "kernels/cuda/decode_stream.cuh"
 
 namespace nsa::kernels::cuda {
 
-constexpr int kDecodeAttendCtas = 2;  // of one SM
+struct BlockWork {
+  static constexpr KeyLayout kLayout = KeyLayout::kRecords;
+  static constexpr bool kGivesPages = false;
 
-// CTAs of a (row, kv head, 16 heads).
-constexpr int32_t AttendItems(const AttentionDims& dims) {
-  const int64_t tokens = int64_t{dims.num_selected_blocks} * dims.select_block_tokens;
-  const int64_t tiles = (tokens + kDecodeTileKeys - 1) / kDecodeTileKeys;
-  return static_cast<int32_t>(tiles < kMaxDecodeParts ? tiles : kMaxDecodeParts) + kMergeParts;
-}
+  const DecodeAttendParams& params;
+  const DecodeScratch& layout;
 
-// The 16 heads of a row that a CTA works on.
-struct AttendHeads {
-  int64_t row;
-  int32_t kv_head;
-  int32_t first;    // of the group
-  int32_t count;    // up to 16
-  int32_t first_q;  // of q
+  __device__ static int32_t NumParts(const AttentionDims& dims, int32_t position) {
+    return SelectedKeys(dims, position).num_parts() + WindowKeys(dims, position).num_parts();
+  }
+  __device__ static void Locate(const AttentionDims& dims, StreamPart& part) {
+    const DecodeKeys selected = SelectedKeys(dims, part.position);
+    part.is_window = part.part >= selected.num_parts();
+    if (part.is_window) part.part -= selected.num_parts();
+    part.Take(part.is_window ? WindowKeys(dims, part.position) : selected, part.part);
+  }
+  __device__ int32_t Block(const StreamPart& part, int32_t key) const {
+    const AttentionDims& dims = params.dims;
+    if (part.is_window) {
+      return Quotient(WindowOrigin(dims, part.position) + key, dims.select_block_tokens);
+    }
+    const int64_t row_head = int64_t{part.row} * dims.num_kv_heads + part.kv_head;
+    return __ldcg(params.block_indices + row_head * dims.num_selected_blocks +
+                  Quotient(key, dims.select_block_tokens));
+  }
+  // The record of the kv head in the page.
+  __device__ const char* Page(const StreamPart& part, int32_t block) const {
+    void* const* const table = part.is_window ? params.tables.win : params.tables.slc;
+    return static_cast<const char*>(table[part.sequence * params.tables.max_pages + block]) +
+           part.kv_head * RecordBytes(params.dims);
+  }
+  __device__ WarpKeys Keys(const StreamPart& part, int32_t key, const char* record) const {
+    const AttentionDims& dims = params.dims;
+    const auto token = static_cast<uint32_t>(
+        part.is_window ? WindowOrigin(dims, part.position) + key : int64_t{key});
+    const auto in_block = static_cast<int32_t>(token % dims.select_block_tokens);
+    return {record + in_block * dims.head_dim_qk * 2,
+            record + (dims.select_block_tokens * dims.head_dim_qk + in_block * dims.head_dim_v) * 2,
+            0};
+  }
+  __device__ void SetPlaces(const StreamPart& part, const RowHeads& heads,
+                            const ScratchPlace& scratch, StreamRound& round) const {
+    const DecodePartsLayout& parts = part.is_window ? layout.win : layout.slc;
+    const int64_t place = int64_t{part.part} * layout.num_heads + heads.first;
+    round.stats = scratch.stats(parts) + place;
+    round.o = scratch.o(parts) + place * params.dims.head_dim_v;
+  }
+  __device__ __forceinline__ void StoreKeys(const StreamRound&, int32_t, float, float,
+                                            const float (&)[2][4], float*) const {}
 };
 
-// Merges the compressed branch for heads [4 * quarter, +4) of the 16. All threads.
-__device__ inline void MergeCompressed(const AttentionDims& dims, const ScratchPlace& scratch,
-                                       const DecodeShared& shared, const AttendHeads& heads,
-                                       int32_t num_parts, int32_t quarter) {
-  constexpr int32_t kHeads = kDecodeTileHeads / kMergeParts;
-  const DecodeScratch& layout = scratch.layout;
-  auto* const weights = reinterpret_cast<float*>(shared.values());
-  WeighParts(scratch.stats(layout.cmp) + heads.first, num_parts, layout.num_heads, weights,
-             shared.of_heads());
-  __syncthreads();
-  const int32_t pieces = dims.head_dim_v / 8;
-  for (int32_t i = threadIdx.x; i < kHeads * pieces; i += kDecodeThreads) {
-    const int32_t head = quarter * kHeads + i / pieces;
-    const int32_t place = (heads.first + head) * dims.head_dim_v + i % pieces * 8;
-    float sum[8] = {};
-    MergeParts(scratch.o(layout.cmp) + place, num_parts,
-               int64_t{layout.num_heads} * dims.head_dim_v, weights, head, sum);
-    auto* const to = reinterpret_cast<float4*>(scratch.floats(layout.merged) + place);
-    to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
-    to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
-  }
+// kOverlaps, here and below: launched while the kernel before may still run (LaunchAfter).
+template <class T, int kDk, int kDv, bool kOverlaps>
+__global__ void __launch_bounds__(kStreamThreads<kDv>, 1)
+    DecodeAttendKernel(const __grid_constant__ DecodeAttendParams params,
+                       const __grid_constant__ DecodeScratch layout, int32_t num_stages) {
+  if constexpr (kOverlaps) LetNextGridStart();
+  const BlockWork work{params, layout};
+  StreamParts<T, kDk, kDv, kOverlaps>(work, num_stages);
 }
 
-// Merges the branches. All threads.
-__device__ inline void StoreOutputs(const DecodeAttendParams& params, const ScratchPlace& scratch,
-                                    const DecodeShared& shared, const AttendHeads& heads,
-                                    int64_t position) {
-  const AttentionDims& dims = params.dims;
-  const DecodeScratch& layout = scratch.layout;
-  const int32_t num_slc = SelectedKeys(dims, position).num_parts();
-  const int32_t num_win = WindowKeys(dims, position).num_parts();
-  auto* const slc_weights = reinterpret_cast<float*>(shared.values());
-  float* const win_weights = slc_weights + kMaxDecodeParts * 16;
-  float* const slc_lse = shared.of_warps();
-  float* const win_lse = slc_lse + 16;
-  WeighParts(scratch.stats(layout.slc) + heads.first, num_slc, layout.num_heads, slc_weights,
-             slc_lse);
-  WeighParts(scratch.stats(layout.win) + heads.first, num_win, layout.num_heads, win_weights,
-             win_lse);
-  __syncthreads();
+constexpr int kGateThreads = 256;
 
-  // A thread takes 8 dimensions, and what it loads is on its way together: each round trip shows.
-  const bool has_summaries = SummaryKeys(dims, position).end > 0;
+// Grid: (Hkv * head tiles, rows). A thread takes 8 dimensions, and what it loads is on its way
+// together: each round trip shows.
+template <bool kOverlaps>
+__global__ void __launch_bounds__(kGateThreads)
+    DecodeGateKernel(const __grid_constant__ DecodeAttendParams params,
+                     const __grid_constant__ DecodeScratch layout) {
+  constexpr int kAtOnce = 8;  // parts of a branch
+  __shared__ float slc_weights[kMaxDecodeParts * kDecodeTileHeads];
+  __shared__ float win_weights[kMaxDecodeParts * kDecodeTileHeads];
+  __shared__ float slc_lse[kDecodeTileHeads], win_lse[kDecodeTileHeads];
+  const AttentionDims& dims = params.dims;
+  const DecodeRow row = params.rows[blockIdx.y];
+  const int32_t kv_head = layout.head_tiles == 1 ? static_cast<int32_t>(blockIdx.x)
+                                                  : Quotient(blockIdx.x, layout.head_tiles);
+  const RowHeads heads(layout, blockIdx.y, kv_head, blockIdx.x - kv_head * layout.head_tiles);
+  const ScratchPlace scratch(params.scratch, layout, heads.row_head(dims));
+  const int32_t num_slc = SelectedKeys(dims, row.position).num_parts();
+  const int32_t num_win = WindowKeys(dims, row.position).num_parts();
   const int64_t part_stride = int64_t{layout.num_heads} * dims.head_dim_v;
-  const int32_t pieces = dims.head_dim_v / 8;
-  for (int32_t i = threadIdx.x; i < heads.count * pieces; i += kDecodeThreads) {
-    const int32_t head = i / pieces, dim = i % pieces * 8, q_head = heads.first_q + head;
+  const int32_t pieces = dims.head_dim_v / 8, num_pieces = heads.count * pieces;
+  if constexpr (kOverlaps) WaitForGridBefore();
+  if (row.sequence < 0) return;
+
+  bool is_weighed = false;
+  for (int32_t first = 0; first < num_pieces; first += kGateThreads) {
+    const int32_t i = min(first + static_cast<int32_t>(threadIdx.x), num_pieces - 1);
+    const int32_t head = Quotient(i, pieces), dim = (i - head * pieces) * 8;
+    const int32_t q_head = heads.first_q + head;
     const int32_t place = (heads.first + head) * dims.head_dim_v + dim;
+    const float* const slc_o = scratch.o(layout.slc) + place;
+    const float* const win_o = scratch.o(layout.win) + place;
+    const PartValues<kAtOnce> slc_values(slc_o, 0, num_slc, part_stride);
+    const PartValues<kAtOnce> win_values(win_o, 0, num_win, part_stride);
+    const PartValues<1> cmp_values(scratch.floats(layout.merged) + place, 0, 1, 0);
     float gate[3];
 #pragma unroll
     for (int b = 0; b < 3; ++b) {
@@ -90,14 +113,33 @@ __device__ inline void StoreOutputs(const DecodeAttendParams& params, const Scra
           LoadFloat(params.gate_dtype, params.gate,
                     heads.row * params.gate_row_stride + q_head * params.gate_head_stride + b);
     }
+    if (!is_weighed) {
+      const int32_t of_warp = static_cast<int32_t>(threadIdx.x) / 32 * 2;
+      const float2* const slc_stats = scratch.stats(layout.slc) + heads.first;
+      const float2* const win_stats = scratch.stats(layout.win) + heads.first;
+      const PartWeights slc_low(slc_stats, num_slc, layout.num_heads, of_warp);
+      const PartWeights win_low(win_stats, num_win, layout.num_heads, of_warp);
+      const PartWeights slc_high(slc_stats, num_slc, layout.num_heads, of_warp + 1);
+      const PartWeights win_high(win_stats, num_win, layout.num_heads, of_warp + 1);
+      slc_low.Store(slc_weights, slc_lse);
+      win_low.Store(win_weights, win_lse);
+      slc_high.Store(slc_weights, slc_lse);
+      win_high.Store(win_weights, win_lse);
+      __syncthreads();
+      is_weighed = true;
+    }
     float cmp[8] = {}, slc[8] = {}, win[8] = {}, o[8];
-    if (has_summaries) AddPart(scratch.floats(layout.merged) + place, 1.0f, cmp);
-    MergeParts(scratch.o(layout.slc) + place, num_slc, part_stride, slc_weights, head, slc);
-    MergeParts(scratch.o(layout.win) + place, num_win, part_stride, win_weights, head, win);
+    const float one[kDecodeTileHeads] = {1.0f};
+    cmp_values.AddTo(one, 0, cmp);
+    slc_values.AddTo(slc_weights, head, slc);
+    MergeParts(slc_o, kAtOnce, num_slc, part_stride, slc_weights, head, slc);
+    win_values.AddTo(win_weights, head, win);
+    MergeParts(win_o, kAtOnce, num_win, part_stride, win_weights, head, win);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       o[e] = fmaf(gate[0], cmp[e], fmaf(gate[1], slc[e], gate[2] * win[e]));
     }
+    if (first + static_cast<int32_t>(threadIdx.x) >= num_pieces) continue;
     const auto store = [&](const Tensor3& to, const float(&values)[8]) {
       StoreFloats(dims.dtype, to.data, heads.row * to.row_stride + q_head * to.head_stride + dim,
                   values);
@@ -106,74 +148,9 @@ __device__ inline void StoreOutputs(const DecodeAttendParams& params, const Scra
     if (params.o_slc.data != nullptr) store(params.o_slc, slc);
     if (params.o_win.data != nullptr) store(params.o_win, win);
     if (dim != 0) continue;
-    const int64_t of_head = heads.row * dims.num_q_heads + q_head;
+    const int64_t of_head = int64_t{heads.row} * dims.num_q_heads + q_head;
     if (params.lse_slc != nullptr) params.lse_slc[of_head] = slc_lse[head] * kLn2;
     if (params.lse_win != nullptr) params.lse_win[of_head] = win_lse[head] * kLn2;
-  }
-}
-
-// Grid: (AttendItems, Hkv * head tiles, rows). kOverlaps: launched while the kernel before may
-// still run (LaunchAfter).
-template <class T, int kDk, int kDv, bool kOverlaps>
-__global__ void __launch_bounds__(kDecodeThreads, kDecodeAttendCtas)
-    DecodeAttendKernel(const __grid_constant__ DecodeAttendParams params,
-                       const __grid_constant__ DecodeScratch layout) {
-  extern __shared__ __align__(128) char memory[];
-  const AttentionDims& dims = params.dims;
-  const DecodeRow row = params.rows[blockIdx.z];
-  const DecodeKeys keys = SelectedKeys(dims, row.position);
-  const DecodeKeys summaries = SummaryKeys(dims, row.position);
-  const int32_t num_slc_items = AttendItems(dims) - kMergeParts;
-  const int32_t item = blockIdx.x;
-  const bool merges = item >= num_slc_items;
-  if (row.sequence < 0 || (merges ? summaries.end == 0 : item >= keys.num_parts())) {
-    if constexpr (kOverlaps) WaitForGridBefore();  // who waits for this grid waits for both
-    return;
-  }
-
-  const int32_t head_tiles = NumHeadTiles(dims);
-  const int32_t group_size = dims.num_q_heads / dims.num_kv_heads;
-  const int32_t head_tile = blockIdx.y % head_tiles;
-  AttendHeads heads;
-  heads.row = blockIdx.z;
-  heads.kv_head = blockIdx.y / head_tiles;
-  heads.first = head_tile * kDecodeTileHeads;
-  heads.count = min(kDecodeTileHeads, group_size - heads.first);
-  heads.first_q = heads.kv_head * group_size + heads.first;
-  const int64_t row_head = heads.row * dims.num_kv_heads + heads.kv_head;
-  const DecodeShared shared(dims, memory, DecodeShared::TileBytes(dims));
-  const ScratchPlace scratch(params.scratch, layout, row_head);
-
-  if (merges) {
-    if constexpr (kOverlaps) WaitForGridBefore();
-    MergeCompressed(dims, scratch, shared, heads, summaries.num_parts(), item - num_slc_items);
-  } else {
-    TileAttention<T, kDk, kDv> attention(dims, shared);
-    attention.Start(params.q, heads.row, heads.first_q, heads.count);
-    if constexpr (kOverlaps) WaitForGridBefore();
-    const int32_t* const picks = params.block_indices + row_head * dims.num_selected_blocks;
-    const int32_t first_tile = item * keys.tiles_per_part();
-    const int32_t end_tile = min(first_tile + keys.tiles_per_part(), keys.num_tiles());
-    for (int32_t tile = first_tile; tile < end_tile; ++tile) {
-      const int32_t mine = tile * kDecodeTileKeys + threadIdx.x / 32 * 16;
-      WarpKeys warp_keys;
-      if (mine < keys.end) {
-        const int32_t pick = mine / dims.select_block_tokens;
-        const void* const page =
-            params.tables.slc[row.sequence * params.tables.max_pages + picks[pick]];
-        warp_keys = RecordKeys(dims, page, heads.kv_head, mine - pick * dims.select_block_tokens);
-      }
-      if (tile != first_tile) __syncthreads();  // shared memory has been read
-      attention.template Attend<KeyLayout::kRecords, false>(warp_keys, 0,
-                                                            keys.end - tile * kDecodeTileKeys);
-    }
-    const int32_t place = item * layout.num_heads + heads.first;
-    attention.Store(KeyLayout::kRecords, scratch.stats(layout.slc) + place,
-                    scratch.o(layout.slc) + int64_t{place} * dims.head_dim_v);
-  }
-  const int32_t num_arrivals = keys.num_parts() + (summaries.end > 0 ? kMergeParts : 0);
-  if (ArrivesLast(scratch.counters() + 1 + head_tile, num_arrivals, shared.words() + 15)) {
-    StoreOutputs(params, scratch, shared, heads, row.position);
   }
 }
 

@@ -13,9 +13,9 @@ cudaError_t LaunchDecodeSelectFast(const DecodeSelectParams& params, const Devic
   return LaunchDecodeSelect<true>(params, device, stream);
 }
 
-cudaError_t LaunchDecodeAttendFast(const DecodeAttendParams& params, const Device&,
+cudaError_t LaunchDecodeAttendFast(const DecodeAttendParams& params, const Device& device,
                                    cudaStream_t stream) {
-  return LaunchDecodeAttend<true>(params, stream);
+  return LaunchDecodeAttend<true>(params, device, stream);
 }
 
 }  // namespace nsa::kernels::cuda

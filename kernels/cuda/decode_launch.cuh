@@ -10,6 +10,7 @@
 #include "kernels/cuda/decode.h"
 #include "kernels/cuda/decode_append.cuh"
 #include "kernels/cuda/decode_attend.cuh"
+#include "kernels/cuda/decode_choose.cuh"
 #include "kernels/cuda/decode_select.cuh"
 
 namespace nsa::kernels::cuda {
@@ -51,6 +52,28 @@ cudaError_t LaunchAppendTokens(const AppendTokensParams& params, cudaStream_t st
                                          params);
 }
 
+// Of a StreamParts kernel: as many stages as fit, and as many CTAs as run at a time.
+template <int kDv>
+struct StreamLaunch {
+  dim3 grid;
+  int32_t num_stages = kMaxStages;
+  int shared_bytes;
+
+  StreamLaunch(const AttentionDims& dims, const Device& device, bool keeps_p, int64_t most_parts)
+      : grid(static_cast<unsigned>(std::min<int64_t>(most_parts, device.num_sms))) {
+    const auto bytes = [&] {
+      return StreamShared(dims, nullptr, kStreamWarps<kDv>, num_stages).Bytes(keeps_p);
+    };
+    while (num_stages > 1 && bytes() > device.max_shared_bytes) --num_stages;
+    shared_bytes = bytes();
+  }
+};
+
+constexpr int64_t MostParts(int64_t keys) {
+  const int64_t tiles = (keys + kDecodeTileKeys - 1) / kDecodeTileKeys;
+  return std::min<int64_t>(tiles, kMaxDecodeParts);
+}
+
 // Calls launch(T, Dk, Dv) with the dims as types: constants where performance is about them and the
 // kernels overlap, 0 elsewhere.
 template <bool kOverlaps, class Launch>
@@ -72,44 +95,61 @@ cudaError_t LaunchDecodeSelect(const DecodeSelectParams& params, const Device& d
   if (params.num_rows == 0) return cudaSuccess;
   const AttentionDims& dims = params.dims;
   const int64_t last = params.max_tokens - 1;
-  const int64_t most_parts =
-      std::clamp(SummaryKeys(dims, last).num_tiles(), 1, kMaxDecodeParts) +
-      std::min((dims.window_tokens + 15 + kDecodeTileKeys - 1) / kDecodeTileKeys, kMaxDecodeParts);
-  const int64_t most_items = params.num_rows * dims.num_kv_heads * NumHeadTiles(dims) * most_parts;
-  const auto ctas = static_cast<unsigned>(
-      std::min<int64_t>(most_items, int64_t{device.num_sms} * kDecodeSelectCtas));
-  // Room for the scores of all blocks, if that leaves as many CTAs on an SM.
-  constexpr int32_t kReservedBytes = 1024;  // of a CTA
-  const int64_t score_bytes = (int64_t{NumCandidates(dims, last)} * 4 + 15) / 16 * 16;
-  const int32_t most_bytes = (device.max_shared_bytes / kDecodeSelectCtas - kReservedBytes -
-                              DecodeShared::OtherBytes(dims)) /
-                             16 * 16;
-  const auto values_bytes = static_cast<int32_t>(
-      std::max<int64_t>(DecodeShared::TileBytes(dims), std::min<int64_t>(score_bytes, most_bytes)));
-  return WithShape<kOverlaps>(dims, [&](auto type, auto dk, auto dv) {
-    const auto kernel =
-        DecodeSelectKernel<decltype(type), decltype(dk)::value, decltype(dv)::value, kOverlaps>;
+  const DecodeScratch layout = MakeDecodeScratch(dims, params.max_tokens);
+  const int64_t row_heads = params.num_rows * dims.num_kv_heads;
+  const int64_t parts =
+      std::max<int64_t>(MostParts(SummaryKeys(dims, last).end), 1) * row_heads * NumHeadTiles(dims);
+  const cudaError_t error = WithShape<kOverlaps>(dims, [&](auto type, auto dk, auto dv) {
+    constexpr int kDk = decltype(dk)::value, kDv = decltype(dv)::value;
+    const StreamLaunch<kDv> launch(dims, device, true, parts);
     return LaunchAfter<DecodeSelectParams, DecodeScratch, int32_t>(
-        kOverlaps, kernel, dim3(ctas), kDecodeThreads,
-        values_bytes + DecodeShared::OtherBytes(dims), stream, params,
-        MakeDecodeScratch(dims, params.max_tokens), values_bytes);
+        kOverlaps, DecodeSelectKernel<decltype(type), kDk, kDv, kOverlaps>, launch.grid,
+        kStreamThreads<kDv>, launch.shared_bytes, stream, params, layout, launch.num_stages);
   });
+  if (error != cudaSuccess) return error;
+
+  // As many CTAs choose as find room at once, but enough that scores fit, if that can be.
+  constexpr int32_t kMostScores = 8192;
+  const int32_t blocks = NumCandidates(dims, last);
+  const int64_t most = std::min(MostChunks(blocks), kMaxDecodeChunks);
+  const int64_t least = std::min<int64_t>((blocks + kMostScores - 1) / kMostScores, most);
+  const auto choosers = static_cast<int32_t>(
+      std::clamp<int64_t>(kChooseCtas * int64_t{device.num_sms} / row_heads - 1, least, most));
+  const ChooseShared shared(dims, layout, nullptr);
+  const auto scores_bytes = static_cast<int32_t>(
+      std::min<int64_t>(std::min<int64_t>((blocks + choosers - 1) / choosers, kMostScores) * 4,
+                        device.max_shared_bytes - shared.BytesBeforeScores()));
+  return LaunchAfter<DecodeSelectParams, DecodeScratch, int32_t, int32_t>(
+      kOverlaps, DecodeChooseKernel<kOverlaps>,
+      dim3(choosers + NumHeadTiles(dims), dims.num_kv_heads,
+           static_cast<unsigned>(params.num_rows)),
+      kChooseThreads, shared.BytesBeforeScores() + scores_bytes, stream, params, layout, choosers,
+      scores_bytes);
 }
 
 template <bool kOverlaps>
-cudaError_t LaunchDecodeAttend(const DecodeAttendParams& params, cudaStream_t stream) {
+cudaError_t LaunchDecodeAttend(const DecodeAttendParams& params, const Device& device,
+                               cudaStream_t stream) {
   if (params.num_rows == 0) return cudaSuccess;
   const AttentionDims& dims = params.dims;
-  const dim3 grid(AttendItems(dims), dims.num_kv_heads * NumHeadTiles(dims),
-                  static_cast<unsigned>(params.num_rows));
-  return WithShape<kOverlaps>(dims, [&](auto type, auto dk, auto dv) {
-    const auto kernel =
-        DecodeAttendKernel<decltype(type), decltype(dk)::value, decltype(dv)::value, kOverlaps>;
-    return LaunchAfter<DecodeAttendParams, DecodeScratch>(
-        kOverlaps, kernel, grid, kDecodeThreads,
-        DecodeShared::TileBytes(dims) + DecodeShared::OtherBytes(dims), stream, params,
-        MakeDecodeScratch(dims, params.max_tokens));
+  const DecodeScratch layout = MakeDecodeScratch(dims, params.max_tokens);
+  const int64_t heads = int64_t{dims.num_kv_heads} * NumHeadTiles(dims);
+  const int64_t parts =
+      (MostParts(int64_t{dims.num_selected_blocks} * dims.select_block_tokens) +
+       MostParts(dims.window_tokens + 15)) *
+      heads * params.num_rows;
+  const cudaError_t error = WithShape<kOverlaps>(dims, [&](auto type, auto dk, auto dv) {
+    constexpr int kDk = decltype(dk)::value, kDv = decltype(dv)::value;
+    const StreamLaunch<kDv> launch(dims, device, false, parts);
+    return LaunchAfter<DecodeAttendParams, DecodeScratch, int32_t>(
+        kOverlaps, DecodeAttendKernel<decltype(type), kDk, kDv, kOverlaps>, launch.grid,
+        kStreamThreads<kDv>, launch.shared_bytes, stream, params, layout, launch.num_stages);
   });
+  if (error != cudaSuccess) return error;
+  return LaunchAfter<DecodeAttendParams, DecodeScratch>(
+      kOverlaps, DecodeGateKernel<kOverlaps>,
+      dim3(static_cast<unsigned>(heads), static_cast<unsigned>(params.num_rows)),
+      kGateThreads, 0, stream, params, layout);
 }
 
 }  // namespace nsa::kernels::cuda

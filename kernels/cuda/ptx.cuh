@@ -87,15 +87,21 @@ __device__ __forceinline__ void BarrierArriveExpectBytes(uint32_t barrier, uint3
 
 // Returns when the phase of `parity` is complete.
 __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define NSA_BARRIER_WAIT "mbarrier.try_wait"
+#else
+#define NSA_BARRIER_WAIT "mbarrier.test_wait"
+#endif
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
-      "wait_more:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "wait_more:\n" NSA_BARRIER_WAIT
+      ".parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra wait_more;\n"
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+#undef NSA_BARRIER_WAIT
 }
 
 // Global to shared memory by the copy engine; 16-byte aligned. Completes on the barrier.
