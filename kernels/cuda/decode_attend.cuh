@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kGateThreads)
   const AttentionDims& dims = params.dims;
   const DecodeRow row = params.rows[blockIdx.y];
   const int32_t kv_head = layout.head_tiles == 1 ? static_cast<int32_t>(blockIdx.x)
-                                                  : Quotient(blockIdx.x, layout.head_tiles);
+                                                 : Quotient(blockIdx.x, layout.head_tiles);
   const RowHeads heads(layout, blockIdx.y, kv_head, blockIdx.x - kv_head * layout.head_tiles);
   const ScratchPlace scratch(params.scratch, layout, heads.row_head(dims));
   const int32_t num_slc = SelectedKeys(dims, row.position).num_parts();

@@ -18,8 +18,8 @@ namespace nsa::kernels::cuda {
 
 constexpr int kChooseThreads = 256;
 constexpr int kChooseCtas = 2;  // of one SM
-// Blocks whose scores are made at a time: with fewer one CTA is as fast alone as several, which have
-// half as many each.
+// Blocks whose scores are made at a time: with fewer one CTA is as fast alone as several, which
+// have half as many each.
 constexpr int32_t kChunkBlocks = 1024;
 
 // Shared memory of a CTA.
@@ -76,7 +76,7 @@ struct Chooser {
   __device__ __forceinline__ bool ChooseFew() const {
     constexpr int32_t kGroups = 64, kPerGroup = kChooseThreads / kGroups, kMost = 256;
     if (count > kGroups) return false;
-    auto* const best = reinterpret_cast<uint32_t*>(search);  // [kGroups]
+    auto* const best = reinterpret_cast<uint32_t*>(search);            // [kGroups]
     auto* const keys = reinterpret_cast<uint64_t*>(best + kGroups);    // [kMost]
     auto* const is_chosen = reinterpret_cast<int32_t*>(keys + kMost);  // [kMost]
     uint32_t top = 0;
@@ -188,18 +188,18 @@ struct Chooser {
   static constexpr int kDigitWord = kChooseThreads / 32;  // behind what scans use
 };
 
-// Writes their numbers in ascending order. All threads, which have met at a barrier since the scores
-// were written; to be followed by __syncthreads.
+// Writes their numbers in ascending order. All threads, which have met at a barrier since the
+// scores were written; to be followed by __syncthreads.
 __device__ __noinline__ inline void ChooseBest(char* search, int32_t* words, const float* scores,
-                                        int32_t num, int32_t count, int32_t* to) {
+                                               int32_t num, int32_t count, int32_t* to) {
   const Chooser chooser{search, words, scores, num, count, to};
   if (chooser.ChooseFew()) return;
   __syncthreads();
   chooser.Choose();
 }
 
-// NSA equations 9 and 10 for select blocks [begin, end): what groups of summaries give to them, over
-// the heads, each by 2^(maximum of the group - lse). scores [end - begin]. All threads.
+// NSA equations 9 and 10 for select blocks [begin, end): what groups of summaries give to them,
+// over the heads, each by 2^(maximum of the group - lse). scores [end - begin]. All threads.
 __device__ inline void MakeScores(const ScratchPlace& scratch, const ChooseShared& shared,
                                   int32_t num_summaries, int32_t begin, int32_t end,
                                   float* scores) {
@@ -232,7 +232,8 @@ __device__ inline void MakeScores(const ScratchPlace& scratch, const ChooseShare
           float4 max[kAtOnce], values[kAtOnce][kBatch];
 #pragma unroll
           for (int t = 0; t < kAtOnce; ++t) {
-            const int64_t of_group = int64_t{origin + min(i + t * kStep, num_groups - 1)} * num_heads;
+            const int64_t of_group =
+                int64_t{origin + min(i + t * kStep, num_groups - 1)} * num_heads;
             max[t] = __ldcg(reinterpret_cast<const float4*>(maxima + of_group + head));
             const float* const of_places = reach + of_group * places + head;
 #pragma unroll

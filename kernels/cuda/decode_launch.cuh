@@ -134,10 +134,9 @@ cudaError_t LaunchDecodeAttend(const DecodeAttendParams& params, const Device& d
   const AttentionDims& dims = params.dims;
   const DecodeScratch layout = MakeDecodeScratch(dims, params.max_tokens);
   const int64_t heads = int64_t{dims.num_kv_heads} * NumHeadTiles(dims);
-  const int64_t parts =
-      (MostParts(int64_t{dims.num_selected_blocks} * dims.select_block_tokens) +
-       MostParts(dims.window_tokens + 15)) *
-      heads * params.num_rows;
+  const int64_t parts = (MostParts(int64_t{dims.num_selected_blocks} * dims.select_block_tokens) +
+                         MostParts(dims.window_tokens + 15)) *
+                        heads * params.num_rows;
   const cudaError_t error = WithShape<kOverlaps>(dims, [&](auto type, auto dk, auto dv) {
     constexpr int kDk = decltype(dk)::value, kDv = decltype(dv)::value;
     const StreamLaunch<kDv> launch(dims, device, false, parts);
@@ -148,8 +147,8 @@ cudaError_t LaunchDecodeAttend(const DecodeAttendParams& params, const Device& d
   if (error != cudaSuccess) return error;
   return LaunchAfter<DecodeAttendParams, DecodeScratch>(
       kOverlaps, DecodeGateKernel<kOverlaps>,
-      dim3(static_cast<unsigned>(heads), static_cast<unsigned>(params.num_rows)),
-      kGateThreads, 0, stream, params, layout);
+      dim3(static_cast<unsigned>(heads), static_cast<unsigned>(params.num_rows)), kGateThreads, 0,
+      stream, params, layout);
 }
 
 }  // namespace nsa::kernels::cuda

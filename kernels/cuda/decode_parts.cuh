@@ -66,8 +66,8 @@ __device__ inline bool ArrivesLast(int32_t* counter, int32_t num_arrivals, int32
   return *flag != 0;
 }
 
-// What the parts of a branch count for a head of 16: o is the sum of weight * o of the parts. A warp
-// takes a head; stats [num_parts,stride] are those of the heads.
+// What the parts of a branch count for a head of 16: o is the sum of weight * o of the parts. A
+// warp takes a head; stats [num_parts,stride] are those of the heads.
 class PartWeights {
  public:
   __device__ __forceinline__ PartWeights(const float2* stats, int32_t num_parts, int32_t stride,
@@ -141,15 +141,14 @@ class PartValues {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       // What is not there counts nothing, without a branch.
-      const auto* const from = reinterpret_cast<const float4*>(
-          o + max(min(first + i, num_parts - 1), 0) * part_stride);
+      const auto* const from =
+          reinterpret_cast<const float4*>(o + max(min(first + i, num_parts - 1), 0) * part_stride);
       low_[i] = __ldcg(from);
       high_[i] = __ldcg(from + 1);
     }
   }
   // weights as of PartWeights.
-  __device__ __forceinline__ void AddTo(const float* weights, int32_t head,
-                                        float (&sum)[8]) const {
+  __device__ __forceinline__ void AddTo(const float* weights, int32_t head, float (&sum)[8]) const {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       if (first_ + i >= num_parts_) break;

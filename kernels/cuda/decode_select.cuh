@@ -1,5 +1,5 @@
-// DecodeSelect, its first kernel: compressed attention of new tokens, and what each select block gets
-// of it.
+// DecodeSelect, its first kernel: compressed attention of new tokens, and what each select block
+// gets of it.
 //
 // Parts are those of the summaries. Beside o and statistics each warp leaves, of its 16 summaries,
 // what each block that they reach gets of each head, relative to the maximum so far: which sums the

@@ -1,11 +1,11 @@
 // Attention of one query's heads over the keys of many parts: the loop that all keys of a step of
 // decoding go through.
 //
-// A CTA takes parts b, b + gridDim.x, ... of all rows, one after another, in rounds; Work says which
-// parts a row has and where their keys lie. Warps that copy run ahead, also over the ends of parts:
-// they find the keys and bring them to the stages of a ring in shared memory. Warps that compute own
-// 16 keys of each round, and have o, maximum and sum of their own, so that they wait for nothing but
-// the ring. When a part ends, their results are merged.
+// A CTA takes parts b, b + gridDim.x, ... of all rows, one after another, in rounds; Work says
+// which parts a row has and where their keys lie. Warps that copy run ahead, also over the ends of
+// parts: they find the keys and bring them to the stages of a ring in shared memory. Warps that
+// compute own 16 keys of each round, and have o, maximum and sum of their own, so that they wait
+// for nothing but the ring. When a part ends, their results are merged.
 //
 // Dk and Dv are template parameters, or 0 for any.
 #ifndef KERNELS_CUDA_DECODE_STREAM_CUH_
@@ -43,8 +43,8 @@ struct WarpKeys {
 // A part, and how far it has been taken.
 struct StreamPart {
   int32_t row, kv_head, head_tile;
-  int32_t sequence, position;  // of the row
-  int32_t part;                // of a branch
+  int32_t sequence, position;       // of the row
+  int32_t part;                     // of a branch
   int32_t first_key, key, end_key;  // of the part, of the round
   DecodeKeys keys;                  // that the query sees, of the branch
   bool is_window;
@@ -353,17 +353,17 @@ class WarpAttention {
     }
     // o += p v, 16 columns at a time.
     const int32_t key = lane % 16;
-    const uint32_t v = slot + 32 * heads_.qk() +
-                       (kLayout == KeyLayout::kRows
-                            ? key * heads_.v() * 2
-                            : (key / 8 * heads_.v() + lane / 16 * 8 + key % 8) * 16);
+    const uint32_t v =
+        slot + 32 * heads_.qk() +
+        (kLayout == KeyLayout::kRows ? key * heads_.v() * 2
+                                     : (key / 8 * heads_.v() + lane / 16 * 8 + key % 8) * 16);
     const uint32_t first_piece = (lane / 16) ^ (key % 8);
 #pragma unroll
     for (int i = 0; i < kColumns; i += 2) {
       if (i * 8 >= heads_.v()) break;
       uint32_t b[4];
-      LoadMatricesTransposed(
-          b, v + (kLayout == KeyLayout::kRows ? (first_piece ^ i) * 16 : i * 128));
+      LoadMatricesTransposed(b,
+                             v + (kLayout == KeyLayout::kRows ? (first_piece ^ i) * 16 : i * 128));
       MultiplyAdd<T>(o_[i], a[0], a[1], a[2], a[3], b[0], b[1]);
       MultiplyAdd<T>(o_[i + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
     }
@@ -528,8 +528,8 @@ __device__ __forceinline__ void CopyParts(const Work& work, const StreamShared& 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int32_t key = key_of(scout, h);
-      const bool is_seen = scout.exists() && key < scout->end_key &&
-                           key + kDecodeWarpKeys > scout->keys.begin;
+      const bool is_seen =
+          scout.exists() && key < scout->end_key && key + kDecodeWarpKeys > scout->keys.begin;
       blocks[h] = is_seen ? work.Block(*scout, key) : -1;
     }
   };
@@ -555,10 +555,9 @@ __device__ __forceinline__ void CopyParts(const Work& work, const StreamShared& 
     wait_for_stage();
     const RowHeads heads(layout, cursor->row, cursor->kv_head, cursor->head_tile);
     if (cursor.IsFirstRound()) {
-      const char* const q = static_cast<const char*>(params.q.data) +
-                            (heads.row * params.q.row_stride +
-                             int64_t{heads.first_q} * params.q.head_stride) *
-                                2;
+      const char* const q =
+          static_cast<const char*>(params.q.data) +
+          (heads.row * params.q.row_stride + int64_t{heads.first_q} * params.q.head_stride) * 2;
       const int32_t pieces = slots.qk() / 8;
       for (int32_t i = thread; i < kDecodeTileHeads * pieces; i += kThreads) {
         const int32_t head = i / pieces, piece = i - head * pieces;

@@ -3,7 +3,8 @@
 // What a query attends to in one branch are its keys, counted from 0: summaries; tokens of the
 // selected blocks, in the order of the list; tokens of the window, from a multiple of 16 on. They
 // are cut into parts of whole tiles of 128 keys by the query's position alone, so that no result
-// depends on the rows beside it. A CTA takes 16 heads over one part, a warp of it 16 keys at a time.
+// depends on the rows beside it. A CTA takes 16 heads over one part, a warp of it 16 keys at a
+// time.
 #ifndef KERNELS_CUDA_DECODE_WORK_H_
 #define KERNELS_CUDA_DECODE_WORK_H_
 
@@ -17,8 +18,8 @@ namespace nsa::kernels::cuda {
 constexpr int32_t kDecodeTileKeys = 128;
 constexpr int32_t kDecodeTileHeads = 16;
 constexpr int32_t kDecodeWarpKeys = 16;
-// Parts of a branch: their results are read by one CTA, so there are not too many of them. From some
-// on they have two tiles, since to end a part costs as much as half a tile.
+// Parts of a branch: their results are read by one CTA, so there are not too many of them. From
+// some on they have two tiles, since to end a part costs as much as half a tile.
 constexpr int32_t kMaxDecodeParts = 64;
 constexpr int32_t kManyDecodeTiles = 17;
 // CTAs that choose the blocks of a (row, kv head), each from a chunk of them.
