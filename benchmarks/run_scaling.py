@@ -128,12 +128,16 @@ def mpirun(gpus):
 
 
 def decode_commands_of(args, gpus, dims):
-    """As commands_of. Dense attention decodes on one GPU, beside the first number of ours."""
+    """As commands_of. On several GPUs sequences have one home, and then a home on each GPU. Dense
+    attention decodes on one GPU, beside the first number of ours."""
     flags = [f"--dim_qk={dims[0]}", f"--dim_v={dims[1]}", f"--reps={args.reps}",
              "--cached=" + ",".join(map(str, args.cached)),
              "--batch=" + ",".join(map(str, args.batch))]
     cases = len(args.cached) * len(args.batch)
-    yield mpirun(gpus) + [str(args.bundle / "decode_cuda"), *flags], cases
+    ours = mpirun(gpus) + [str(args.bundle / "decode_cuda"), *flags]
+    yield ours, cases
+    if gpus > 1:
+        yield ours + [f"--homes={gpus}"], cases
     if gpus == args.gpus[0]:
         yield [sys.executable, str(HERE / "dense/dense_attention.py"), "--pass=decode",
                *flags] + ["--check"] * args.check, cases
