@@ -38,11 +38,11 @@ def select(results, implementation, shape, name="forward"):
             and "relative_l2_against_cpu" not in r}
 
 
-def select_decode(results, implementation, shape, flush=True):
+def select_decode(results, implementation, shape, flush=True, homes=1):
     """{(gpus, batch, cached): result}; of several of the same the last."""
     return {(r["gpus"], r["batch"], r["cached"]): r for r in results
             if r["implementation"] == implementation and pass_of(r) == "decode"
-            and shape_of(r) == shape and r["flush"] == flush}
+            and shape_of(r) == shape and r["flush"] == flush and r.get("homes", 1) == homes}
 
 
 def add_dense_ratios(results):
@@ -60,8 +60,10 @@ def with_dense(results):
             if name == "decode":
                 for flush in (True, False):
                     dense = select_decode(results, "dense", shape, flush)
-                    for (_, *case), ours in select_decode(results, "nsa", shape, flush).items():
-                        yield ours, dense.get((1, *case))
+                    for homes in sorted({r.get("homes", 1) for r in results}):
+                        ours = select_decode(results, "nsa", shape, flush, homes)
+                        for (_, *case), result in ours.items():
+                            yield result, dense.get((1, *case))
             else:
                 dense = select(results, "dense", shape, name)
                 for place, ours in select(results, "nsa", shape, name).items():

@@ -31,10 +31,10 @@ SAMPLE = {
 FIRST_SHAPE = (64, 4, 128, 128)
 
 
-def decode(implementation, gpus, batch, cached, median_us, flush=True):
+def decode(implementation, gpus, batch, cached, median_us, flush=True, homes=1):
     fields = {name: value for name, value in SHAPE.items() if name != "sharding"}
     return {"implementation": implementation, "pass": "decode", "gpus": gpus, "batch": batch,
-            "cached": cached, "flush": flush, "median_us": median_us, **fields}
+            "cached": cached, "flush": flush, "homes": homes, "median_us": median_us, **fields}
 
 
 class DecodeTest(unittest.TestCase):
@@ -43,12 +43,13 @@ class DecodeTest(unittest.TestCase):
             decode("nsa", 1, 1, 16384, 10.0), decode("nsa", 1, 1, 4096, 8.0),
             decode("nsa", 1, 8, 16384, 20.0), decode("nsa", 4, 1, 16384, 16.0),
             decode("nsa", 1, 1, 16384, 5.0, flush=False), decode("dense", 1, 1, 16384, 40.0),
-            result("nsa", 1, 16384, 2.0), result("dense", 1, 16384, 3.0)]
+            result("nsa", 1, 16384, 2.0), result("dense", 1, 16384, 3.0),
+            decode("nsa", 4, 1, 16384, 10.0, homes=4)]
         figures.add_dense_ratios(self.results)
 
     def test_any_number_of_gpus_is_compared_with_dense_on_one(self):
         self.assertEqual([r.get("dense_ratio") for r in self.results],
-                         [4.0, None, None, 2.5, None, None, 1.5, None])
+                         [4.0, None, None, 2.5, None, None, 1.5, None, 4.0])
 
     def test_times_of_a_batch(self):
         ours = figures.select_decode(self.results, "nsa", FIRST_SHAPE)
