@@ -130,11 +130,8 @@ class EngineImpl final : public Engine {
   const BlockMap& block_map() const override { return context_->blocks; }
 
  private:
-  // When the communicator is what failed, the others learn of it by themselves.
   absl::Status AbortOnError(absl::Status status) {
-    comm::Communicator& communicator = *context_->communicator;
-    if (!status.ok() && communicator.HealthCheck().ok()) communicator.Abort(status.ToString());
-    return status;
+    return nsa::AbortOnError(*context_->communicator, std::move(status));
   }
 
   // Calls share the workspace. A graph's owner keeps it in order with other calls.

@@ -71,4 +71,9 @@ absl::Status Agree(comm::Communicator& communicator, const absl::Status& mine,
   return CompareFields(all);
 }
 
+absl::Status AbortOnError(comm::Communicator& communicator, absl::Status status) {
+  if (!status.ok() && communicator.HealthCheck().ok()) communicator.Abort(status.ToString());
+  return status;
+}
+
 }  // namespace nsa

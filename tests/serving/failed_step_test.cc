@@ -1,0 +1,81 @@
+// A step that fails on one rank, where ranks fetch from each other: the others do not wait for it,
+// and go on with what lies with them.
+#include <array>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "comm/loopback/loopback.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_kernels.h"
+#include "nsa/serving/kv_cache.h"
+#include "tests/serving/unreachable.h"
+#include "tests/testing/delegating_kernels.h"
+
+namespace nsa::test {
+namespace {
+
+constexpr int kRanks = 2;
+
+class FailingKernels final : public DelegatingKernels {
+ public:
+  using DelegatingKernels::DelegatingKernels;
+  absl::Status DecodeSelect(const kernels::DecodeSelectParams&, void*) override {
+    return absl::InternalError("the GPU fell off the bus");
+  }
+};
+
+absl::Status Step(const std::shared_ptr<comm::Communicator>& communicator) {
+  const int rank = communicator->rank();
+  auto created = kernels::CpuKernels::Create({.num_threads = 1});
+  if (!created.ok()) return created.status();
+  std::shared_ptr<kernels::Kernels> kernels = *std::move(created);
+  if (rank == 1) kernels = std::make_shared<FailingKernels>(std::move(kernels));
+  serving::KvCacheOptions options;
+  options.config.num_q_heads = options.config.num_kv_heads = 1;
+  options.config.head_dim_qk = options.config.head_dim_v = 64;
+  options.dtype = DType::kF32;
+  options.num_pages = 4;
+  options.max_tokens = 1024;
+  auto cache = serving::KvCache::Create(options, communicator, std::move(kernels));
+  if (!cache.ok()) return cache.status();
+  const auto sequence = (*cache)->Open();
+  if (!sequence.ok()) return sequence.status();
+  std::array<float, 64> row = {}, o;
+  const ConstTensor one_row(row.data(), DType::kF32, {1, 1, 64});
+  serving::KvTokens kv;
+  kv.k_slc = kv.v_slc = one_row;
+  const ConstTensor gate(row.data(), DType::kF32, {1, 1, 3});
+  const serving::StepSequence step = {*sequence, 1};
+  const auto take_step = [&] {
+    return (*cache)->Step({&step, 1}, {.q = one_row, .kv = kv, .gate = gate},
+                          {.o = Tensor(o.data(), DType::kF32, {1, 1, 64})});
+  };
+  if (rank == 1) return take_step();
+  // The step during which the other rank aborts may end with that.
+  while (communicator->HealthCheck().ok()) take_step().IgnoreError();
+  return take_step();
+}
+
+TEST(FailedStepTest, HoldsUpNoOtherRank) {
+  auto group = comm::LoopbackGroup::Create(kRanks, {.timeout = absl::Minutes(1)});
+  ASSERT_TRUE(group.ok()) << group.status();
+  const absl::Time begin = absl::Now();
+  std::vector<absl::Status> status(kRanks);
+  std::vector<std::thread> threads;
+  for (int r = 0; r < kRanks; ++r) {
+    threads.emplace_back([&, r] {
+      status[r] = Step(std::make_shared<UnreachableCommunicator>(std::move((*group)[r])));
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(status[1], absl::InternalError("the GPU fell off the bus"));
+  EXPECT_TRUE(status[0].ok()) << status[0];
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(30));  // of the deadline's 60
+}
+
+}  // namespace
+}  // namespace nsa::test
