@@ -22,8 +22,8 @@ using FieldList = std::vector<std::pair<std::string, std::string>>;
 absl::Status Agree(comm::Communicator& communicator, const absl::Status& mine,
                    const FieldList& fields);
 
-// Of a collective call that this rank alone may have failed in, between collectives: aborts, so that
-// the others do not wait for it. When the communicator is what failed, they learn of it by
+// Of a collective call that this rank alone may have failed in, between collectives: aborts, so
+// that the others do not wait for it. When the communicator is what failed, they learn of it by
 // themselves. Returns `status`.
 absl::Status AbortOnError(comm::Communicator& communicator, absl::Status status);
 

@@ -419,9 +419,8 @@ absl::Status KvCacheImpl::RunStep(int64_t num_rows, const StepInputs& inputs,
   }
   // The others take this rank to be in the step.
   if (!valid.ok()) plan_.clear();
-  const absl::Status ran = AbortOnError(*communicator_, RunInOrder(stream, [&] {
-    return RunStepFetching(inputs, outputs, stream);
-  }));
+  const absl::Status ran = AbortOnError(
+      *communicator_, RunInOrder(stream, [&] { return RunStepFetching(inputs, outputs, stream); }));
   return valid.ok() ? ran : valid;
 }
 
