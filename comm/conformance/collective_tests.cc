@@ -159,6 +159,44 @@ absl::Status ExchangeRandom(const Context& context) {
   return absl::OkStatus();
 }
 
+// As many as packed documents cause: more than a transport may take at a time.
+absl::Status ManyMessages(const Context& context) {
+  constexpr int kMessages = 1500, kMostBytes = 96;
+  const auto size_of = [](int i) { return int64_t{i % kMostBytes}; };
+  auto comm = context.create(kTimeout);
+  NSA_COMM_OK(comm.status());
+  const int64_t place = int64_t{kMessages} * kMostBytes;  // of a peer
+  std::vector<unsigned char> out(context.size * place), in(context.size * place, 0xEE);
+  std::vector<SendOp> sends;
+  std::vector<RecvOp> recvs;
+  for (int peer = 0; peer < context.size; ++peer) {
+    if (peer == context.rank) continue;
+    // The higher rank sends less.
+    for (int i = 0; i < kMessages; ++i) {
+      unsigned char* const to_send = out.data() + peer * place + i * kMostBytes;
+      unsigned char* const received = in.data() + peer * place + i * kMostBytes;
+      Fill(MessageSeed(0, context.rank, peer, i), 0, size_of(i), to_send);
+      if (context.rank < peer || i < 10) sends.push_back({peer, to_send, size_of(i)});
+      if (peer < context.rank || i < 10) recvs.push_back({peer, received, size_of(i)});
+    }
+  }
+  NSA_COMM_OK((*comm)->Exchange(sends, recvs, nullptr));
+  for (int peer = 0; peer < context.size; ++peer) {
+    if (peer == context.rank) continue;
+    for (int i = 0; i < (peer < context.rank ? kMessages : 10); ++i) {
+      const unsigned char* const received = in.data() + peer * place + i * kMostBytes;
+      NSA_COMM_CHECK(
+          FirstDifference(MessageSeed(0, peer, context.rank, i), 0, size_of(i), received) == -1,
+          absl::StrCat("message ", i, " of rank ", peer));
+    }
+  }
+  std::vector<GatherRun> runs;
+  for (int i = 0; i < kMessages * context.size; ++i) {
+    runs.push_back({i * 7 % context.size, int64_t{i} * 16, 16});
+  }
+  return CheckAllGatherOnce(**comm, runs, kMessages * context.size * 16, 5);
+}
+
 absl::Status ExchangeLargeRing(const Context& context) {
   auto comm = context.create(kTimeout);
   NSA_COMM_OK(comm.status());
@@ -352,6 +390,7 @@ std::vector<Test> CollectiveTests() {
       {"AllGatherLarge", 1, AllGatherLarge},
       {"ExchangeRandom", 1, ExchangeRandom},
       {"ExchangeLargeRing", 1, ExchangeLargeRing},
+      {"ManyMessages", 1, ManyMessages},
       {"ExchangeMismatch", 2, ExchangeMismatch},
       {"InvalidArguments", 1, InvalidArguments},
       {"HostAllGatherSizes", 1, HostAllGatherSizes},

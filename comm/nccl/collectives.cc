@@ -61,6 +61,26 @@ std::vector<StagedPiece> StageMessages(int rank, int size, std::vector<Op>& ops)
   return pieces;
 }
 
+// NCCL takes 2048 operations in a group.
+constexpr int kMostOperations = 1024;
+
+// Of two ranks in a group, one way.
+constexpr int MostOfPair(int size) { return std::max(1, kMostOperations / 2 / size); }
+
+// What goes into each group of NCCL's. Message i between two ranks is in the same group on both.
+template <typename Op>
+std::vector<std::vector<Op>> GroupsOf(int size, absl::Span<const Op> ops) {
+  std::vector<std::vector<Op>> groups;
+  std::vector<int> count(size, 0);
+  for (const Op& op : ops) {
+    if (op.num_bytes == 0) continue;
+    const size_t group = count[op.peer]++ / MostOfPair(size);
+    if (group >= groups.size()) groups.resize(group + 1);
+    groups[group].push_back(op);
+  }
+  return groups;
+}
+
 }  // namespace
 
 absl::Status Collectives::Enqueue(WaitingCall call, const StagedCopies& copies,
@@ -107,22 +127,28 @@ absl::Status Collectives::AllGather(void* buffer, absl::Span<const GatherRun> ru
       return ncclAllGather(bytes + merged[rank_].offset_bytes, bytes + merged[0].offset_bytes,
                            merged[0].num_bytes, ncclInt8, comm, stream);
     }
-    ncclResult_t result = ncclGroupStart();
-    for (int step = 1; step < size_; ++step) {
-      const int to = (rank_ + step) % size_;
-      const int from = (rank_ + size_ - step) % size_;
-      for (const GatherRun& run : merged) {
-        char* const data = bytes + run.offset_bytes;
-        if (result == ncclSuccess && run.rank == rank_) {
-          result = ncclSend(data, run.num_bytes, ncclInt8, to, comm, stream);
-        }
-        if (result == ncclSuccess && run.rank == from) {
-          result = ncclRecv(data, run.num_bytes, ncclInt8, from, comm, stream);
+    const size_t most = MostOfPair(size_);
+    for (size_t first = 0; first < merged.size(); first += most) {
+      const auto runs = absl::MakeConstSpan(merged).subspan(first, most);
+      ncclResult_t result = ncclGroupStart();
+      for (int step = 1; step < size_; ++step) {
+        const int to = (rank_ + step) % size_;
+        const int from = (rank_ + size_ - step) % size_;
+        for (const GatherRun& run : runs) {
+          char* const data = bytes + run.offset_bytes;
+          if (result == ncclSuccess && run.rank == rank_) {
+            result = ncclSend(data, run.num_bytes, ncclInt8, to, comm, stream);
+          }
+          if (result == ncclSuccess && run.rank == from) {
+            result = ncclRecv(data, run.num_bytes, ncclInt8, from, comm, stream);
+          }
         }
       }
+      const ncclResult_t end = ncclGroupEnd();
+      if (result == ncclSuccess) result = end;
+      if (result != ncclSuccess) return result;
     }
-    const ncclResult_t end = ncclGroupEnd();
-    return result == ncclSuccess ? end : result;
+    return ncclSuccess;
   };
   return Enqueue(WaitingCall::kAllGather, {}, over_nccl, stream);
 }
@@ -153,17 +179,23 @@ absl::Status Collectives::Exchange(WaitingCall call, absl::Span<const SendOp> se
     if (to_peers.empty() && from_peers.empty()) return Enqueue(call, copies, nullptr, stream);
   }
   const auto over_nccl = [&](ncclComm_t comm) {
-    ncclResult_t result = ncclGroupStart();
-    for (const SendOp& send : to_peers) {
-      if (result != ncclSuccess || send.num_bytes == 0) continue;
-      result = ncclSend(send.data, send.num_bytes, ncclInt8, send.peer, comm, stream);
+    const auto sends = GroupsOf<SendOp>(size_, to_peers);
+    const auto recvs = GroupsOf<RecvOp>(size_, from_peers);
+    for (size_t group = 0; group < std::max(sends.size(), recvs.size()); ++group) {
+      ncclResult_t result = ncclGroupStart();
+      for (const SendOp& send : group < sends.size() ? sends[group] : std::vector<SendOp>()) {
+        if (result != ncclSuccess) break;
+        result = ncclSend(send.data, send.num_bytes, ncclInt8, send.peer, comm, stream);
+      }
+      for (const RecvOp& recv : group < recvs.size() ? recvs[group] : std::vector<RecvOp>()) {
+        if (result != ncclSuccess) break;
+        result = ncclRecv(recv.data, recv.num_bytes, ncclInt8, recv.peer, comm, stream);
+      }
+      const ncclResult_t end = ncclGroupEnd();
+      if (result == ncclSuccess) result = end;
+      if (result != ncclSuccess) return result;
     }
-    for (const RecvOp& recv : from_peers) {
-      if (result != ncclSuccess || recv.num_bytes == 0) continue;
-      result = ncclRecv(recv.data, recv.num_bytes, ncclInt8, recv.peer, comm, stream);
-    }
-    const ncclResult_t end = ncclGroupEnd();
-    return result == ncclSuccess ? end : result;
+    return ncclSuccess;
   };
   return Enqueue(call, copies, over_nccl, stream);
 }
