@@ -74,7 +74,8 @@ for program in "${programs[@]}"; do
 done
 
 # Nothing outside may stand in for a library of the bundle.
-for file in "$staged"/*; do
+for program in "${programs[@]}"; do
+  file=$staged/${program#*:}
   while read -r library _ path _; do
     [[ ! -e $staged/$library || $path == "$staged/$library" ]] ||
       fail "$(basename "$file"): takes $library from $path; link it with -Wl,-rpath,\$ORIGIN"

@@ -34,6 +34,11 @@ mv "$bundle" "$folder/moved"
 libraries=$(env -i LD_TRACE_LOADED_OBJECTS=1 "$folder/moved/one_process")
 [[ $libraries == *"=> $folder/moved/libhwy.so.1 "* ]] || fail "one_process takes $libraries"
 
+# What libraries need of each other travels, too, and is found there.
+tools/bundle.sh "$folder/library" //tests/c_api:ranks || fail "bundle.sh"
+libraries=$(env -i LD_TRACE_LOADED_OBJECTS=1 "$folder/library/ranks")
+[[ $libraries == *"=> $folder/library/libabsl_base.so."* ]] || fail "ranks takes $libraries"
+
 expect_refusal 'usage' "$folder/new"
 expect_refusal 'FOLDER = ".*/moved": must be new or empty' "$folder/moved" "$program"
 expect_refusal 'TARGET = "//nsa:config": must be a program' "$folder/new" //nsa:config

@@ -11,12 +11,18 @@ fail() {
 others=$(nm -D --defined-only "$library" | grep -v " T nsa_" || true)
 [[ -z $others ]] || fail "shows more than nsa_*: $others"
 (($(nm -D --defined-only "$library" | grep -c " T nsa_") >= 40)) || fail "shows too little"
-# Undefined: the C library's, by their versions, and weak ones, which may be missing.
-others=$(nm -D --undefined-only "$library" | grep -vE "@GLIBC_[0-9.]+$|^ +w " || true)
-[[ -z $others ]] || fail "wants more than the C library: $others"
+# Undefined: of the C and C++ runtimes, by their versions; Abseil's, protobuf's and Highway's, by
+# their namespaces; weak ones, which may be missing.
+others=$(nm -D --undefined-only "$library" |
+  grep -vE "@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$|^ +w |4absl|6google8protobuf|3hwy| AbslInternal" ||
+  true)
+[[ -z $others ]] || fail "wants more than it may: $others"
 others=$(readelf -d "$library" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p' |
-  grep -vE "^(libc|libm|libdl|libpthread|librt|ld-linux-x86-64)\.so" || true)
+  grep -vE "^(lib(c|m|dl|pthread|rt|stdc\+\+|gcc_s|absl_[a-z_]+|protobuf|hwy)|ld-linux-x86-64)\.so" || true)
 [[ -z $others ]] || fail "needs $others"
+
+# A running program can open it: it asks for no memory at a fixed place in threads.
+python3 -c "import ctypes; ctypes.CDLL('$library')" || fail "cannot be opened"
 
 # Every function of the header is there.
 header=nsa/c_api.h
@@ -26,5 +32,5 @@ grep -oE "\bnsa_[a-z_]+\(" "$header" | tr -d "(" | sort -u |
 
 # One rank runs where NCCL and UCX cannot be opened.
 mkdir "$TEST_TMPDIR/broken"
-touch "$TEST_TMPDIR"/broken/{libnccl.so.2,libucp.so.0,libucs.so.0,libmpi.so.40,libhwy.so.1}
+touch "$TEST_TMPDIR"/broken/{libnccl.so.2,libucp.so.0,libucs.so.0,libmpi.so.40}
 LD_LIBRARY_PATH=$TEST_TMPDIR/broken "$program" cpu || fail "one rank wants more"

@@ -51,6 +51,11 @@ _ABSL_ARCHIVES = [name for name in """
     synchronization throw_delegate time time_zone
 """.replace("\n", " ").split(" ") if name]
 
+# Debian's archives, which are not made for shared libraries, and the option that makes the linker
+# take shared libraries in their place: see //tools/bazel:shared_for_archives.
+ARCHIVES = ["absl_" + archive for archive in _ABSL_ARCHIVES] + ["protobuf", "z"]
+SHARED_FOR_ARCHIVES = "-L$(GENDIR)/%s/tools/bazel/shared_for_archives" % Label("//:WORKSPACE").workspace_root
+
 def _absl_files():
     files = {"BUILD.bazel": _HEADER + """
 cc_library(
