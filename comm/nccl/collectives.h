@@ -4,8 +4,8 @@
 
 #include <nccl.h>
 
-#include <functional>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
@@ -45,10 +45,10 @@ class Collectives {
                         absl::Span<const RecvOp> recvs, cudaStream_t stream);
 
  private:
-  // Enqueues a meeting with `copies`, if ranks meet, and what `over_nccl` does to NCCL, if
-  // anything.
-  absl::Status Enqueue(WaitingCall call, const StagedCopies& copies,
-                       const std::function<ncclResult_t(ncclComm_t)>& over_nccl,
+  // Enqueues a meeting with `copies`, if ranks meet, and what over_nccl(comm, i) does to NCCL for
+  // each i in [0, num_groups).
+  absl::Status Enqueue(WaitingCall call, const StagedCopies& copies, size_t num_groups,
+                       absl::FunctionRef<ncclResult_t(ncclComm_t, size_t)> over_nccl,
                        cudaStream_t stream);
 
   const int rank_;

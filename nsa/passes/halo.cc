@@ -22,6 +22,26 @@ class Cursor {
   int64_t used_ = 0;
 };
 
+// The messages of one tensor: what follows the last one, there and for the same rank, joins it. Both
+// ends have their rows by peer, so that one message goes each way between two ranks.
+template <class Op>
+class Messages {
+ public:
+  explicit Messages(std::vector<Op>& ops) : ops_(ops), first_(ops.size()) {}
+  void Add(int32_t peer, char* data, int64_t num_bytes) {
+    if (ops_.size() > first_ && ops_.back().peer == peer &&
+        static_cast<const char*>(ops_.back().data) + ops_.back().num_bytes == data) {
+      ops_.back().num_bytes += num_bytes;
+    } else {
+      ops_.push_back({peer, data, num_bytes});
+    }
+  }
+
+ private:
+  std::vector<Op>& ops_;
+  const size_t first_;
+};
+
 }  // namespace
 
 absl::StatusOr<std::array<BranchTokens, 3>> ExchangeHalo(PassContext& context,
@@ -54,14 +74,15 @@ absl::StatusOr<std::array<BranchTokens, 3>> ExchangeHalo(PassContext& context,
            .dst = packed},
           stream));
     }
+    Messages to_peers(sends);
+    Messages from_peers(recvs);
     int64_t row = 0;
     for (const HaloSend& send : kv.sends) {
-      sends.push_back({send.peer, packed + row * row_bytes, send.num_tokens * row_bytes});
+      to_peers.Add(send.peer, packed + row * row_bytes, send.num_tokens * row_bytes);
       row += send.num_tokens;
     }
     for (const HaloPiece& piece : kv.receives) {
-      recvs.push_back(
-          {piece.owner, halo + piece.halo_row * row_bytes, piece.num_tokens * row_bytes});
+      from_peers.Add(piece.owner, halo + piece.halo_row * row_bytes, piece.num_tokens * row_bytes);
     }
     return kernels::TokenRows{
         .own = View(tensor),
@@ -138,15 +159,18 @@ absl::Status ReturnHaloGradients(PassContext& context, int branches, void* strea
   int64_t sent = 0, got = 0;
   for (const Part& part : parts) {
     const int64_t row_bytes = part.row_elements * int64_t{sizeof(float)};
+    Messages to_owners(sends);
+    Messages from_peers(recvs);
     for (const HaloPiece& piece : kv.receives) {
-      sends.push_back({piece.owner, part.gradients.halo + piece.halo_row * part.row_elements,
-                       piece.num_tokens * row_bytes});
+      to_owners.Add(piece.owner,
+                    reinterpret_cast<char*>(part.gradients.halo) + piece.halo_row * row_bytes,
+                    piece.num_tokens * row_bytes);
       sent += piece.num_tokens * row_bytes;
     }
     int64_t row = 0;
     for (const HaloSend& send : kv.sends) {
-      recvs.push_back(
-          {send.peer, part.received + row * part.row_elements, send.num_tokens * row_bytes});
+      from_peers.Add(send.peer, reinterpret_cast<char*>(part.received) + row * row_bytes,
+                     send.num_tokens * row_bytes);
       row += send.num_tokens;
     }
     got += kv.send_rows * row_bytes;

@@ -146,7 +146,6 @@ std::vector<kernels::BlockRun> OwnCompressionRuns(const NsaConfig& config, const
 std::vector<HaloPiece> HaloOf(const NsaConfig& config, const ShardPlan& plan,
                               const BlockMap& blocks, int rank, int branches) {
   std::vector<HaloPiece> pieces;
-  int64_t halo_row = 0;
   const std::vector<Chunk>& chunks = plan.chunks();
   for (const Range& range : NeededTokens(config, plan, blocks, rank, branches)) {
     auto chunk = std::upper_bound(chunks.begin(), chunks.end(), range.begin,
@@ -159,9 +158,15 @@ std::vector<HaloPiece> HaloOf(const NsaConfig& config, const ShardPlan& plan,
       pieces.push_back({.owner = chunk->rank,
                         .token_begin = begin,
                         .num_tokens = num_tokens,
-                        .halo_row = halo_row});
-      halo_row += num_tokens;
+                        .halo_row = 0});
     }
+  }
+  std::stable_sort(pieces.begin(), pieces.end(),
+                   [](const HaloPiece& a, const HaloPiece& b) { return a.owner < b.owner; });
+  int64_t halo_row = 0;
+  for (HaloPiece& piece : pieces) {
+    piece.halo_row = halo_row;
+    halo_row += piece.num_tokens;
   }
   return pieces;
 }

@@ -42,9 +42,9 @@ struct HaloPiece {
   int64_t halo_row;  // of the first token, in the receiver's halo buffer
 };
 
-// The tokens of other ranks that `rank` needs for the branches of `branches`, in global order: for
-// compression and for select blocks the rest of own blocks that reach into later chunks, for the
-// window the w-1 tokens before each chunk.
+// The tokens of other ranks that `rank` needs for the branches of `branches`: for compression and
+// for select blocks the rest of own blocks that reach into later chunks, for the window the w-1
+// tokens before each chunk. By owner, then in global order, in rows one after another.
 std::vector<HaloPiece> HaloOf(const NsaConfig& config, const ShardPlan& plan,
                               const BlockMap& blocks, int rank, int branches);
 
@@ -57,7 +57,7 @@ struct HaloSend {
 
 // Keys and values of one set of branches, as this rank sees them.
 struct BranchKv {
-  std::vector<HaloPiece> receives;         // in global order
+  std::vector<HaloPiece> receives;         // by owner, then in global order
   std::vector<HaloSend> sends;             // by peer, then in global order
   std::vector<kernels::Segment> segments;  // own and halo tokens in global order
   int64_t halo_rows = 0;                   // rows received

@@ -47,8 +47,11 @@ std::set<int64_t> NeededNaively(const NsaConfig& config, const ShardPlan& plan,
 std::set<int64_t> TokensOf(const std::vector<HaloPiece>& pieces) {
   std::set<int64_t> tokens;
   int64_t row = 0;
+  int32_t owner = 0;
   for (const HaloPiece& piece : pieces) {
-    EXPECT_EQ(piece.halo_row, row) << "halo rows are dense and in global order";
+    EXPECT_EQ(piece.halo_row, row) << "halo rows are dense";
+    EXPECT_GE(piece.owner, owner) << "and by owner";
+    owner = piece.owner;
     row += piece.num_tokens;
     for (int64_t i = 0; i < piece.num_tokens; ++i) tokens.insert(piece.token_begin + i);
   }
