@@ -7,9 +7,8 @@ folder=$(realpath -m "${1:?usage: tools/build_wheel.sh FOLDER}")
 cd "$(dirname "$0")/.."
 
 flags=(--noshow_progress --disk_cache="${XDG_CACHE_HOME:-$HOME/.cache}/nsa-bazel")
-read -ra startup <<<"${BAZEL_STARTUP_FLAGS-}"
-bazel "${startup[@]}" build "${flags[@]}" //nsa:libnsa.so
-library=$(bazel "${startup[@]}" info "${flags[@]}" bazel-bin)/nsa/libnsa.so
+bazel build "${flags[@]}" //nsa:libnsa.so
+library=$(bazel info "${flags[@]}" bazel-bin)/nsa/libnsa.so
 
 staged=$(mktemp -d)
 trap 'rm -rf "$staged"' EXIT
