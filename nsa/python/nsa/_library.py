@@ -269,7 +269,9 @@ def _load():
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise ImportError(f"nsa: cannot load {path} (NSA_LIBRARY names another): {error}") from error
+        raise ImportError(
+            f"nsa: cannot load {path} (NSA_LIBRARY names another): {error}"
+        ) from error
     for name, arguments in _FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, c_int32

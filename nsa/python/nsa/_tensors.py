@@ -48,7 +48,9 @@ def view(name: str, tensor: Tensor, device_index: int) -> _library.Tensor:
         if any(stride % 1 for stride in strides):
             raise ValueError(f"{name}: strides {tensor.strides} must be whole elements")
     elif hasattr(tensor, "data_ptr"):
-        device = tensor.device.index if tensor.is_cuda else -1 if tensor.device.type == "cpu" else -2
+        device = (
+            tensor.device.index if tensor.is_cuda else -1 if tensor.device.type == "cpu" else -2
+        )
         strides = tensor.stride()
     else:
         raise ValueError(f"{name}: is a {type(tensor)}, must be a numpy array or a torch tensor")

@@ -29,7 +29,9 @@ def flatten(q, k, v, gate, compress_k=None, compress_v=None) -> tuple:
     ks = tuple(k) if isinstance(k, (tuple, list)) else (k,)
     vs = tuple(v) if isinstance(v, (tuple, list)) else (v,)
     if (len(ks), len(vs)) not in ((1, 1), (1, 3), (3, 1), (3, 3)):
-        raise ValueError(f"k, v: are {len(ks)} and {len(vs)} tensors, must be 1 or 3 (cmp, slc, win)")
+        raise ValueError(
+            f"k, v: are {len(ks)} and {len(vs)} tensors, must be 1 or 3 (cmp, slc, win)"
+        )
     if len(ks) == len(vs) == 1:
         kv = (*ks, *vs, None, None, None, None)
     else:
@@ -69,7 +71,9 @@ _numbers = itertools.count()
 def engine_of_number(number: int) -> "Engine":
     engine = _engines.get(number)
     if engine is None:
-        raise RuntimeError(f"engine {number} is gone: it must live as long as what was traced with it")
+        raise RuntimeError(
+            f"engine {number} is gone: it must live as long as what was traced with it"
+        )
     return engine
 
 
@@ -103,8 +107,8 @@ class SavedForward:
 
 
 class Engine:
-    """Forward and backward of one config, plan and dtype. Making one, and its calls, are collective:
-    every rank of the group does the same in the same order.
+    """Forward and backward of one config, plan and dtype. Making one, and its calls, are
+    collective: every rank of the group does the same in the same order.
 
     Tensors are numpy arrays (CPU) or torch tensors on the group's device, of the engine's dtype
     unless said. They are never copied: the last dimension must be contiguous, other strides are
@@ -290,9 +294,7 @@ class Engine:
                 for i, tensor in enumerate(tensors)
             )
         else:
-            gradients = flatten(
-                into.q, into.k, into.v, into.gate, into.compress_k, into.compress_v
-            )
+            gradients = flatten(into.q, into.k, into.v, into.gate, into.compress_k, into.compress_v)
         self.run_backward(tensors, d_o, saved, gradients, accumulate, sum_over_ranks)
         separate = isinstance(k, (tuple, list)) or isinstance(v, (tuple, list))
         return into or _named_gradients(gradients, tensors, separate)

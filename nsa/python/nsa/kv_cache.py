@@ -80,9 +80,7 @@ class KVCache:
         self._tokens = Structs(_library.KVTokens, _library.KV, self.device_index)
         self._inputs = Structs(_library.StepInputs, _library.INPUTS[:8], self.device_index)
         self._outputs = Structs(_library.StepOutputs, _library.OUTPUTS[:1], self.device_index)
-        self._forward_inputs = Structs(
-            _library.ForwardInputs, _library.INPUTS, self.device_index
-        )
+        self._forward_inputs = Structs(_library.ForwardInputs, _library.INPUTS, self.device_index)
         self._current_stream = current_stream(self.device_index)
 
     @property

@@ -232,8 +232,9 @@ class CoreAttention(nn.Module):
         tensors = [
             t if t is None or t.dim() == 3 else t.flatten(0, 1) for t in flatten(q, k, v, gate)
         ]
-        for compressor in (self.compress_k, self.compress_v):
-            tensors.extend(compressor.in_order())
+        if self.config.compressor != "mean":
+            for compressor in (self.compress_k, self.compress_v):
+                tensors.extend(compressor.in_order())
         o = attention_of_number(number, tensors, self.sum_over_ranks)
         return o.unflatten(0, q.shape[:-2]) if q.dim() == 4 else o
 

@@ -126,7 +126,7 @@ def _fake_positions(engine):
 
 
 class _Attention(torch.autograd.Function):
-    # Not registered with nsa::forward, as autograd for torch.library takes ten times as long a call.
+    # Not registered with nsa::forward, which would take ten times as long (DESIGN.md).
 
     @staticmethod
     def forward(ctx, engine, sum_over_ranks, *tensors):

@@ -1,4 +1,4 @@
-"""The attention in plain torch, dense, with masks in place of blocks, in the dtype of its inputs."""
+"""The attention in plain torch, dense, with masks in place of blocks."""
 
 import torch
 from torch.nn import functional
@@ -12,9 +12,7 @@ def compress(x, params, config):
     blocks = x.unfold(0, block, config.compress_stride_tokens).movedim(-1, 2)  # [N,Hkv,l,D]
     if config.compressor == "mean":
         return blocks.mean(2)
-    params = {
-        name: p.to(x.dtype).expand(x.shape[1], *p.shape[1:]) for name, p in params.items()
-    }
+    params = {name: p.to(x.dtype).expand(x.shape[1], *p.shape[1:]) for name, p in params.items()}
     if "pe" in params:
         blocks = blocks + params["pe"]
     if config.compressor == "weighted":
@@ -59,8 +57,7 @@ def attention(config, q, k, v, gate, block_indices, compress_k={}, compress_v={}
         chosen = chosen.any(2).repeat_interleave(group, 1) & (s <= t)[:, None]
         heads = (-1, config.num_q_heads, -1)
         outputs.append(
-            gate_[..., :1]
-            * masked_attention(q_, k_cmp, v_cmp, seen[:, None].expand(*heads), scale)
+            gate_[..., :1] * masked_attention(q_, k_cmp, v_cmp, seen[:, None].expand(*heads), scale)
             + gate_[..., 1:2] * masked_attention(q_, k_slc, v_slc, chosen, scale)
             + gate_[..., 2:]
             * masked_attention(q_, k_win, v_win, near[:, None].expand(*heads), scale)

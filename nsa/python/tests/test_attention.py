@@ -1,6 +1,5 @@
 """nsa.attention on one rank."""
 
-import copy
 import gc
 
 import pytest
@@ -68,9 +67,7 @@ def test_against_dense_fp64(group, compressor, documents, separate):
     at = iter(exact)
     q_, k_ = next(at), [next(at) for _ in flat_leaves(k)]
     v_, gate_ = [next(at) for _ in flat_leaves(v)], next(at)
-    params_ = {
-        name: {key: next(at) for key in of} for name, of in params.items()
-    }
+    params_ = {name: {key: next(at) for key in of} for name, of in params.items()}
     times = 1 if separate else 3
     expected = reference.attention(
         config, q_, k_ * times, v_ * times, gate_, more["block_indices"], **params_,
@@ -100,7 +97,9 @@ def test_gradcheck():
         return o.double()
 
     inputs = [t.requires_grad_() for t in (q, k, v, gate, weight, pe)]
-    assert torch.autograd.gradcheck(function, inputs, eps=1e-2, atol=1e-3, rtol=1e-3, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        function, inputs, eps=1e-2, atol=1e-3, rtol=1e-3, fast_mode=True
+    )
 
 
 def test_no_copies(group, monkeypatch):
@@ -117,7 +116,7 @@ def test_no_copies(group, monkeypatch):
     )  # fmt: skip
     packed = torch.stack([k, v], 1).detach().requires_grad_()  # as a fused projection gives them
     o = nsa.attention(engine, q, packed[:, 0], packed[:, 1], gate)
-    (inputs, output), = seen
+    ((inputs, output),) = seen
     k_address, v_address = packed[:, 0].data_ptr(), packed[:, 1].data_ptr()
     assert inputs == [q.data_ptr(), *(k_address, v_address) * 3, gate.data_ptr()]
     assert output == o.data_ptr()

@@ -15,7 +15,7 @@ def test_config_lists_every_broken_rule():
 
 
 def test_config_from_text():
-    text = 'num_q_heads: 8 head_dim_qk: 192 compressor: LINEAR softmax_scale: 0.5'
+    text = "num_q_heads: 8 head_dim_qk: 192 compressor: LINEAR softmax_scale: 0.5"
     config = nsa.Config(num_q_heads=8, head_dim_qk=192, compressor="linear", softmax_scale=0.5)
     assert nsa.Config.from_text(text) == config
     assert nsa.Config.from_text("{}") == nsa.Config()

@@ -127,3 +127,32 @@ def test_float16(group):
     o = nsa.attention(f16, *(t[:192] for t in halves))
     assert o.dtype == torch.float16
     assert relative_error(o, nsa.attention(bf16, *(t[:192] for t in inputs))) < 8e-3
+
+
+def test_decode_as_a_graph(group):
+    q, k, v, gate = (t.detach() for t in make_inputs(190, CONFIG, "cuda"))
+    engine = group.engine(CONFIG, nsa.Plan(190), dtype="bf16")
+    expected = nsa.attention(engine, q, k, v, gate)
+    cache = nsa.KVCache(CONFIG, group, dtype="bf16", num_pages=16)
+    assert cache.is_reachable
+    sequence = cache.open()
+    cache.append(sequence, k[:180], v[:180])
+    row = [torch.empty_like(t[:1]) for t in (q, k, v, gate)]
+    o = torch.empty_like(q[:1])
+
+    def plan(t):
+        for static, tensor in zip(row, (q, k, v, gate)):
+            static.copy_(tensor[t : t + 1])
+        cache.plan_step([(sequence, 1)])
+
+    plan(180)
+    cache.run_step(*row, o=o)
+    assert relative_error(o[0], expected[180]) < 8e-3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.run_step(*row, o=o)
+    for t in range(181, 190):
+        plan(t)
+        graph.replay()
+        assert relative_error(o[0], expected[t]) < 8e-3
+    assert cache.num_tokens(sequence) == 190

@@ -58,12 +58,16 @@ def test_summaries_start_as_the_mean(device, compressor, per_head):
 
 
 def test_narrow_mlp_starts_as_a_projection_of_the_mean():
-    core = nsa.CoreAttention(with_compressor("mlp"), compressor_hidden=32, compressor_per_head=False)
+    core = nsa.CoreAttention(
+        with_compressor("mlp"), compressor_hidden=32, compressor_per_head=False
+    )
     x = torch.randn(32, 1, 64)
     summary = reference.compress(x, dict(core.compress_k.named_parameters()), core.config)
     mean = x.mean(0)
     assert 0 < summary.norm() < mean.norm()
-    torch.testing.assert_close((summary * (mean - summary)).sum(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        (summary * (mean - summary)).sum(), torch.tensor(0.0), atol=1e-5, rtol=0
+    )
 
 
 def test_gates_from_queries(device):
@@ -121,9 +125,10 @@ def test_layer_against_dense_fp64(separate_kv, monkeypatch):
     d_y = torch.randn_like(y)
     parameters = [p for p in layer.parameters()]
     gradients = torch.autograd.grad(y, [x, *parameters], d_y)
-    (engine, tensors), = given
-    o, indices = torch.empty(BATCH * TOKENS, 8, 64), torch.empty(
-        BATCH * TOKENS, 2, 3, dtype=torch.int32
+    ((engine, tensors),) = given
+    o, indices = (
+        torch.empty(BATCH * TOKENS, 8, 64),
+        torch.empty(BATCH * TOKENS, 2, 3, dtype=torch.int32),
     )
     with torch.no_grad():
         engine.run_forward(tensors, o, extras={"block_indices": indices})

@@ -59,9 +59,7 @@ def make_params(device):
 def results_of(engine, group, device, sum_over_ranks=False):
     """o and gradients of this rank's share of the same inputs, whatever the ranks."""
     inputs = make_inputs(480, CONFIG, device.type)
-    mine = [
-        engine.plan.shard(t.detach(), group.rank).to(device).requires_grad_() for t in inputs
-    ]
+    mine = [engine.plan.shard(t.detach(), group.rank).to(device).requires_grad_() for t in inputs]
     params = make_params(device)
     o = nsa.attention(engine, *mine, **params, sum_over_ranks=sum_over_ranks)
     leaves = mine + [p for of in params.values() for p in of.values()]
@@ -89,9 +87,9 @@ def compare(rank, size, device):
         for i in (0, 3):
             assert torch.equal(plan.gather(gradients[i]), expected_gradients[i]), name
         for i in (1, 2):
-            assert relative_error(plan.gather(gradients[i]), expected_gradients[i]) < TOLERANCE[
-                dtype
-            ], name
+            assert (
+                relative_error(plan.gather(gradients[i]), expected_gradients[i]) < TOLERANCE[dtype]
+            ), name
         _, summed = results_of(engine, group, device, sum_over_ranks=True)
         for own, of_all, of_one in zip(gradients[4:], summed[4:], expected_gradients[4:]):
             dist.all_reduce(own)

@@ -35,7 +35,10 @@ def make_inputs(tokens, config=CONFIG, device="cpu", separate=False, seed=0):
         return values.to(device, dtype).requires_grad_()
 
     kv = [
-        (leaf(config.num_kv_heads, config.head_dim_qk), leaf(config.num_kv_heads, config.head_dim_v))
+        (
+            leaf(config.num_kv_heads, config.head_dim_qk),
+            leaf(config.num_kv_heads, config.head_dim_v),
+        )
         for _ in range(3 if separate else 1)
     ]
     k, v = zip(*kv)
