@@ -63,11 +63,12 @@ def _fake_forward(*tensors, engine, save):
 
 
 def _empty_gradients(tensors, wanted):
-    """Dense; None where not wanted."""
-    # The compressors' are in f32, whatever the parameters are.
+    """Dense; None where not wanted. The compressors' are in f32, whatever the parameters are."""
     return [
-        torch.empty(
-            tensor.shape, dtype=torch.float32 if i > 7 else tensor.dtype, device=tensor.device
+        torch.empty_like(
+            tensor,
+            dtype=torch.float32 if i > 7 else None,
+            memory_format=torch.contiguous_format,
         )
         if is_wanted
         else None
