@@ -28,7 +28,8 @@ if [[ ! -e $folder/complete ]]; then
       esac
       gcc -shared -nostdlib -Wl,-soname,"$name" -o "$site/torch/lib/$name" "${contents[@]}"
     done
-    echo 'import os, sys; sys.setdlopenflags(os.RTLD_LAZY)' >"$site/lazy_functions.pth"
+    echo 'import os, sys; sys.setdlopenflags(os.RTLD_LAZY); os.environ["CUDA_VISIBLE_DEVICES"] = ""' \
+      >"$site/cpu_only.pth"
     "$python" -c 'import torch; assert not torch.cuda.is_available()'
     touch "$folder/complete"
   } >&2
