@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Counts the test cases of Bazel invocations, given their --build_event_json_file files.
+"""Counts the test cases of Bazel invocations, given their --build_event_json_file files, and of
+pytest's, given their --junit-xml files, which end in .xml.
 
 Prints "passed failed skipped". A test that timed out or died without saying which case failed counts
 as one failed case, a test target that Bazel skipped as one skipped. What did not build is not here:
@@ -57,7 +58,7 @@ def count_events(path):
 def main():
     counts = [(0, 0, 0)]
     for path in sys.argv[1:]:
-        counts += count_events(path)
+        counts += [count_cases(path)] if path.endswith(".xml") else count_events(path)
     print(*map(sum, zip(*counts)))
 
 

@@ -9,6 +9,8 @@ packages=(
   # libraries
   libabsl-dev libprotobuf-dev protobuf-compiler zlib1g-dev libhwy-dev nlohmann-json3-dev libcpp-httplib-dev
   libgtest-dev libgmock-dev libbenchmark-dev
+  # the Python package's tests
+  python3-venv python3-dev
   # transports and starting ranks
   libucx-dev libopenmpi-dev openmpi-bin iproute2
   # fuzzing and formatting

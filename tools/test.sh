@@ -31,6 +31,18 @@ external_workspace() {
 }
 
 bundle() { tools/bundle_test.sh; }
+# The Python package from its sources, with torch.
+python_package() {
+  local python
+  python=$(tools/python_env.sh) && bazel build "${bazel_flags[@]}" //nsa:libnsa.so &&
+    run_pytest "$python" nsa/python
+}
+# As it is installed, without torch.
+wheel() {
+  tools/build_wheel.sh "$results/wheel" && python3 -m venv "$results/venv" &&
+    "$results/venv/bin/pip" install -q pytest "$results"/wheel/*.whl &&
+    NSA_TEST_INSTALLED=1 run_pytest "$results/venv/bin/python" nsa/python
+}
 
 # In this order; a new step is a function above and its name here.
 steps=(
@@ -43,6 +55,8 @@ steps=(
   test_tsan
   external_workspace
   bundle
+  python_package
+  wheel
 )
 
 results=$(mktemp -d)
@@ -60,12 +74,22 @@ bazel_test() {
   [[ $status == 0 || $status == 4 || ($status == 3 && $bad -gt 0) ]]
 }
 
+# run_pytest PYTHON FOLDER: counted likewise.
+run_pytest() {
+  local events=$results/${FUNCNAME[1]}.xml status=0 ok bad skip
+  "$1" -m pytest -q -rs --junit-xml="$events" "$2" || status=$?
+  [[ -s $events ]] || return "$status"
+  read -r ok bad skip < <(tools/count_tests.py "$events")
+  passed=$((passed + ok)) failed=$((failed + bad)) skipped=$((skipped + skip))
+  [[ $status == 0 || ($status == 1 && $bad -gt 0) ]]
+}
+
 for name in "${steps[@]}"; do
   echo "=== $name"
   start=$SECONDS failed_before=$failed
   if "$name"; then
-    # The steps of bazel_test have counted their cases already.
-    [[ $(declare -f "$name") == *bazel_test* ]] || passed=$((passed + 1))
+    # The steps of these two have counted their cases already.
+    [[ $(declare -f "$name") =~ bazel_test|run_pytest ]] || passed=$((passed + 1))
   else
     failed=$((failed + 1))
   fi

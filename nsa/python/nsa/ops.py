@@ -1,0 +1,197 @@
+"""Differentiable attention for torch."""
+
+import functools
+import weakref
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from nsa import _library
+from nsa.engine import Engine, engine_of_number, flatten
+
+# nsa::forward and nsa::backward have no side that shows: a forward leaves what its backward needs
+# in one of the engine's SavedForwards, and gives a ticket for it, a tensor [2] int64 of its place
+# and of how often it was used. The place is free again when the ticket is let go.
+
+_TENSORS = "Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor? k_slc, Tensor? v_slc, " + (
+    "Tensor? k_win, Tensor? v_win, Tensor gate, "
+    + ", ".join(f"Tensor? {name.replace('.', '_')}=None" for name in _library.INPUTS[8:])
+)
+_ops = torch.library.Library("nsa", "DEF")
+_ops.define(f"forward({_TENSORS}, *, int engine, bool save) -> (Tensor o, Tensor ticket)")
+_ops.define(
+    f"backward(Tensor d_o, Tensor ticket, {_TENSORS}, *, int engine, bool[] wanted, "
+    "bool sum_over_ranks) -> Tensor[]"
+)
+
+
+def _is_capturing(engine):
+    return engine.device_index >= 0 and torch.cuda.is_current_stream_capturing()
+
+
+def _forward(*tensors, engine, save):
+    engine = engine_of_number(engine)
+    q, v = tensors[0], tensors[2]
+    o = q.new_empty((*q.shape[:2], v.shape[-1]))
+    if not save:
+        engine.run_forward(tensors, o)
+        return o, torch.empty(0, dtype=torch.int64)
+    capturing = _is_capturing(engine)
+    if not engine.free:
+        if capturing:
+            raise RuntimeError(
+                "no memory for a forward that is captured and waits for its backward: run a step "
+                "before, or call engine.reserve()"
+            )
+        engine.reserve(1)
+    place = engine.free.pop()
+    saved = engine.saved[place]
+    ticket = np.array((place, saved.uses + 1))
+    if not capturing:  # else the graph will use it whenever it is launched
+        weakref.finalize(ticket, engine.release, place).atexit = False
+    engine.run_forward(tensors, o, saved)
+    return o, torch.from_numpy(ticket)
+
+
+def _fake_forward(*tensors, engine, save):
+    q, v = tensors[0], tensors[2]
+    return (
+        q.new_empty((*q.shape[:2], v.shape[-1])),
+        torch.empty(2 if save else 0, dtype=torch.int64, device="cpu"),
+    )
+
+
+def _empty_gradients(tensors, wanted):
+    """Dense; None where not wanted. The compressors' are in f32, whatever the parameters are."""
+    return [
+        torch.empty_like(
+            tensor,
+            dtype=torch.float32 if i > 7 else None,
+            memory_format=torch.contiguous_format,
+        )
+        if is_wanted
+        else None
+        for i, (tensor, is_wanted) in enumerate(zip(tensors, wanted))
+    ]
+
+
+def _backward(d_o, ticket, *tensors, engine, wanted, sum_over_ranks):
+    engine = engine_of_number(engine)
+    place, uses = ticket.tolist()
+    saved = engine.saved[place]
+    if saved.uses != uses:
+        raise RuntimeError(
+            "the memory of this backward's forward was used again: saved-tensor hooks must hand on "
+            "the tensors of nsa.attention() themselves, not copies"
+        )
+    gradients = _empty_gradients(tensors, wanted)
+    engine.run_backward(tensors, d_o, saved, gradients, sum_over_ranks=sum_over_ranks)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _fake_backward(d_o, ticket, *tensors, engine, wanted, sum_over_ranks):
+    return [gradient for gradient in _empty_gradients(tensors, wanted) if gradient is not None]
+
+
+for _device in ("CPU", "CUDA"):
+    _ops.impl("forward", _forward, _device)
+    _ops.impl("backward", _backward, _device)
+torch.library.register_fake("nsa::forward", _fake_forward, lib=_ops)
+torch.library.register_fake("nsa::backward", _fake_backward, lib=_ops)
+
+
+# The place of each of this rank's tokens in its document, [T] int64. An operation, so that traced
+# code can make it of the engine's number.
+_ops.define("positions(int engine) -> Tensor")
+
+
+@functools.lru_cache(maxsize=16)
+def _positions_of(plan, rank, device):
+    return torch.tensor(plan.positions_in_document(rank), device=device)
+
+
+def _positions(engine):
+    engine = engine_of_number(engine)
+    return _positions_of(engine.plan, engine.rank, engine.device).clone()
+
+
+_ops.impl("positions", _positions, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("nsa::positions", lib=_ops)
+def _fake_positions(engine):
+    engine = engine_of_number(engine)
+    count = engine.plan.tokens_of_rank(engine.rank)
+    return torch.empty(count, dtype=torch.int64, device=engine.device)
+
+
+class _Attention(torch.autograd.Function):
+    # Not registered with nsa::forward, which would take ten times as long (DESIGN.md).
+
+    @staticmethod
+    def forward(ctx, engine, sum_over_ranks, *tensors):
+        o, ticket = torch.ops.nsa.forward.default(*tensors, engine=engine, save=True)
+        ctx.engine, ctx.sum_over_ranks = engine, sum_over_ranks
+        ctx.save_for_backward(ticket, *tensors)
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_o):
+        ticket, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        if d_o.stride(-1) != 1:  # such as the gradient of a sum
+            d_o = d_o.contiguous()
+        given = iter(
+            torch.ops.nsa.backward.default(
+                d_o,
+                ticket,
+                *tensors,
+                engine=ctx.engine,
+                wanted=wanted,
+                sum_over_ranks=ctx.sum_over_ranks,
+            )
+        )
+        return (None, None, *(next(given) if is_wanted else None for is_wanted in wanted))
+
+
+def attention(
+    engine: Engine,
+    q: torch.Tensor,
+    k: torch.Tensor | Sequence[torch.Tensor],
+    v: torch.Tensor | Sequence[torch.Tensor],
+    gate: torch.Tensor,
+    *,
+    compress_k: Mapping[str, torch.Tensor] | None = None,
+    compress_v: Mapping[str, torch.Tensor] | None = None,
+    sum_over_ranks: bool = False,
+) -> torch.Tensor:
+    """Native Sparse Attention of this rank's tokens over the whole sequence. Collective, and so is
+    its backward. Differentiable in all tensors (block selection held fixed); torch.compile traces
+    through it; any number of forwards may wait for their backwards.
+
+    Args:
+        engine: made with backward=True if anything requires a gradient.
+        q: [T,Hq,Dk] in the engine's dtype, as k and v.
+        k: [T,Hkv,Dk], or three of them, for the branches (cmp, slc, win).
+        v: [T,Hkv,Dv], or three of them.
+        gate: [T,Hq,3] f32 or the engine's dtype, after its sigmoid, order (cmp, slc, win).
+        compress_k, compress_v: parameters of the compressor by name, as in Engine.forward.
+        sum_over_ranks: the gradients of the compressors' parameters are of all ranks' tokens. Else
+            they are of this rank's blocks alone, and whoever sums gradients over data-parallel
+            ranks has to sum over these ranks too, as for any other parameter that is applied to a
+            shard of the tokens.
+
+    Returns:
+        o [T,Hq,Dv].
+    """
+    tensors = flatten(q, k, v, gate, compress_k, compress_v)
+    return attention_of_number(engine.number, tensors, sum_over_ranks)
+
+
+def attention_of_number(engine: int, tensors, sum_over_ranks: bool) -> torch.Tensor:
+    """attention() of what flatten() gives."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Attention.apply(engine, sum_over_ranks, *tensors)
+    return torch.ops.nsa.forward.default(*tensors, engine=engine, save=False)[0]

@@ -1,0 +1,158 @@
+"""What only a GPU has: streams, CUDA graphs, memory in float16."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import nsa  # noqa: E402
+from torch_testing import CONFIG, make_inputs, relative_error, with_compressor  # noqa: E402
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+TOKENS = 512
+
+
+@pytest.fixture(scope="module")
+def group():
+    return nsa.Group.local("cuda")
+
+
+def make_layer(group):
+    torch.manual_seed(0)
+    return nsa.NSAAttention(
+        128, with_compressor("mlp"), group, rope_theta=1e4, device="cuda", dtype=torch.bfloat16
+    )
+
+
+def make_x(seed):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(TOKENS, 128, device="cuda", dtype=torch.bfloat16, generator=generator)
+    return x.requires_grad_()
+
+
+def step(layer, x):
+    for parameter in (x, *layer.parameters()):
+        parameter.grad = None
+    y = layer(x)
+    y.float().square().sum().backward()
+    return y
+
+
+def gradients(layer, x):
+    return [t.grad.clone() for t in (x, *layer.parameters())]
+
+
+def test_step_as_a_cuda_graph(group):
+    layer, x = make_layer(group), make_x(0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(layer, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    for parameter in (x, *layer.parameters()):
+        parameter.grad = None
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        y.float().square().sum().backward()
+    static = [t.grad for t in (x, *layer.parameters())]
+    for seed in (1, 2):
+        with torch.no_grad():
+            x.copy_(make_x(seed))
+        graph.replay()
+        captured = [y.clone(), *(t.clone() for t in static)]
+        fresh = make_x(seed)
+        # Another forward between launches must not disturb the graph's memory, nor it that.
+        expected = [step(layer, fresh), *gradients(layer, fresh)]
+        graph.replay()
+        for actual, again, of in zip(captured, [y, *static], expected):
+            assert torch.equal(actual, of) and torch.equal(again, of)
+    group.health()
+
+
+def test_forward_and_backward_as_graphs_of_their_own(group):
+    layer, x = make_layer(group), make_x(0)
+    expected_layer = make_layer(group)
+    graphed = torch.cuda.make_graphed_callables(layer, (x,))
+    fresh, other = make_x(5), make_x(6)
+    y = graphed(fresh)
+    step(expected_layer, other)  # takes memory of the same engine between the two
+    y.float().square().sum().backward()
+    assert torch.equal(y, step(expected_layer, fresh.detach().requires_grad_()))
+    for parameter, of in zip(layer.parameters(), expected_layer.parameters()):
+        assert torch.equal(parameter.grad, of.grad)
+
+
+def test_capture_without_memory_says_what_to_do():
+    group = nsa.Group.local("cuda")
+    engine = nsa.Engine(CONFIG, nsa.Plan(TOKENS), group, dtype=torch.bfloat16)
+    inputs = make_inputs(TOKENS, CONFIG, "cuda")
+    with torch.no_grad():
+        nsa.attention(engine, *inputs)  # what a kernel's first launch does is not captured
+    with pytest.raises(RuntimeError, match="reserve"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            nsa.attention(engine, *inputs)
+    torch.cuda.synchronize()
+    engine.reserve(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = nsa.attention(engine, *inputs)
+    graph.replay()
+    assert torch.equal(o, nsa.attention(engine, *inputs))
+
+
+def test_current_stream(group):
+    engine = group.engine(CONFIG, nsa.Plan(TOKENS), dtype=torch.bfloat16)
+    inputs = make_inputs(TOKENS, CONFIG, "cuda")
+    expected = nsa.attention(engine, *inputs)
+    q, k, v, gate = inputs
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(q)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # a call on another stream would read zeros
+        late.copy_(q)
+        o = nsa.attention(engine, late, k, v, gate)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(o, expected)
+
+
+def test_float16(group):
+    inputs = [t.detach() for t in make_inputs(TOKENS, CONFIG, "cuda")]
+    halves = [t.half() for t in inputs[:3]] + inputs[3:]
+    bf16 = group.engine(CONFIG, nsa.Plan(192), dtype="bf16")
+    f16 = group.engine(CONFIG, nsa.Plan(192), dtype="f16")
+    o = nsa.attention(f16, *(t[:192] for t in halves))
+    assert o.dtype == torch.float16
+    assert relative_error(o, nsa.attention(bf16, *(t[:192] for t in inputs))) < 8e-3
+
+
+def test_decode_as_a_graph(group):
+    q, k, v, gate = (t.detach() for t in make_inputs(190, CONFIG, "cuda"))
+    engine = group.engine(CONFIG, nsa.Plan(190), dtype="bf16")
+    expected = nsa.attention(engine, q, k, v, gate)
+    cache = nsa.KVCache(CONFIG, group, dtype="bf16", num_pages=16)
+    assert cache.is_reachable
+    sequence = cache.open()
+    cache.append(sequence, k[:180], v[:180])
+    row = [torch.empty_like(t[:1]) for t in (q, k, v, gate)]
+    o = torch.empty_like(q[:1])
+
+    def plan(t):
+        for static, tensor in zip(row, (q, k, v, gate)):
+            static.copy_(tensor[t : t + 1])
+        cache.plan_step([(sequence, 1)])
+
+    plan(180)
+    cache.run_step(*row, o=o)
+    assert relative_error(o[0], expected[180]) < 8e-3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.run_step(*row, o=o)
+    for t in range(181, 190):
+        plan(t)
+        graph.replay()
+        assert relative_error(o[0], expected[t]) < 8e-3
+    assert cache.num_tokens(sequence) == 190
