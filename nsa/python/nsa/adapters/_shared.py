@@ -1,0 +1,81 @@
+"""What the adapters share."""
+
+import functools
+
+import torch
+import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from nsa.config import Config
+from nsa.group import Group
+from nsa.plan import Plan
+
+
+@functools.cache
+def group_of(process_group) -> Group:
+    """Of a torch ProcessGroup: one for all layers, so that they share engines. The first call
+    makes it, which is collective."""
+    return Group.from_process_group(process_group)
+
+
+def check_same(**pairs) -> None:
+    """ValueError unless both of each (what the stack says, what nsa.Config says) are equal."""
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise ValueError(f"nsa.Config.{name} = {ours}: the model has {theirs}")
+
+
+def check_scale(config: Config, scale: float | None) -> None:
+    """ValueError unless the stack's softmax scale (None: 1/sqrt(Dk)) is config's."""
+    default = config.head_dim_qk**-0.5
+    scale, ours = scale or default, config.softmax_scale or default
+    if abs(scale - ours) > 1e-6 * ours:
+        raise ValueError(f"softmax scale = {scale}: nsa.Config.softmax_scale is {ours}")
+
+
+def once_per_tensor(function):
+    """`function` of a tensor and hashable arguments, which is called again for the same tensor only
+    when that has changed: reading a GPU's tensor waits for the GPU, and all layers are given the
+    same one."""
+    kept = WeakTensorKeyDictionary()
+
+    @functools.wraps(function)
+    def wrapper(tensor, *arguments):
+        key = (0 if tensor.is_inference() else tensor._version, *arguments)
+        last_key, value = kept.get(tensor, (None, None))
+        if last_key != key:
+            value = function(tensor, *arguments)
+            kept[tensor] = key, value
+        return value
+
+    return wrapper
+
+
+@once_per_tensor
+def plan_of_positions(positions: torch.Tensor, process_group, sharding: str) -> Plan:
+    """Of B sequences by the positions [B,T] of this rank's tokens. A document begins with each
+    sequence and where a position is not one more than the one before. Collective over
+    `process_group` (None: this rank alone), whose ranks were dealt each sequence by `sharding`,
+    "zigzag" or "contiguous"; there documents count from 0."""
+    batch, tokens = positions.shape
+    size = 1 if process_group is None else dist.get_world_size(process_group)
+    if size > 1:
+        whole = Plan(size * tokens, size, sharding=sharding)
+        positions = whole.gather(positions.contiguous(), process_group, dim=1)
+    positions = positions.cpu()
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    if size > 1 and positions[begins].any():
+        raise ValueError(
+            f"positions: the ranks' positions, put together as sharding = {sharding!r} deals them, "
+            "are not those of documents that count from 0"
+        )
+    if size > 1 and batch > 1:
+        if sharding != "zigzag" or begins[:, 1:].any():
+            raise ValueError(
+                f"batch of {batch}: must be 1 with context parallelism, unless each sequence is "
+                "one document and dealt in zig-zag"
+            )
+        sharding = "zigzag_per_document"
+    ends = begins.flatten().nonzero().flatten().tolist()
+    return Plan(num_ranks=size, sharding=sharding, cu_seqlens=[*ends, begins.numel()])

@@ -1,0 +1,172 @@
+"""NSA as torchtitan's inner attention.
+
+    spec = llama3.model_registry("8B", converters=[NSAConverter.Config(nsa=nsa.Config(...))])
+
+Keys and values are shared by the three branches; compressors and gates (made from the queries) are
+parameters of the inner attention. What torchtitan does, and what becomes of it:
+
+    masks     causal; attention_masks (of the backends flex and varlen, which NSA replaces): error.
+    documents begin where positions do not go on by one, as torchtitan's data loaders say. To read
+              them breaks torch.compile's graph, which torchtitan's compile makes an error.
+    RoPE      applied before, by positions.
+    GQA       n_kv_heads, not repeated.
+    CP        torchtitan's dealing of each sequence as it is: load balancer headtail (zig-zag) or
+              none (contiguous), which the positions must agree with; ptrr: error.
+              apply_cp_to_forward() makes q, k and v DTensors of the cp mesh, whose group is used;
+              nothing is gathered but positions. In batches of several sequences each must be one
+              document, dealt by headtail.
+    TP        error, as are the SPMD backends spmd_types and full_dtensor (with CP they gather k and
+              v): parallelism.spmd_backend must be partial_dtensor.
+    MFU       torchtitan counts the operations of dense attention.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torchtitan.models.common.attention import GQAttention, ScaledDotProductAttention
+from torchtitan.protocols.model import ModelConfigConverter
+from torchtitan.protocols.module import Module
+
+import nsa
+from nsa.adapters._shared import check_same, check_scale, group_of, plan_of_positions
+from nsa.module import Compressor, CoreAttention
+
+_SHARDINGS = {"headtail": "zigzag", None: "contiguous"}
+
+
+class _Part(Module):
+    """torchtitan's trainer wants all modules to be its own."""
+
+    def _init_self_parameters(self):
+        pass  # NSAInnerAttention does
+
+
+class _Compressor(Compressor, _Part):
+    pass
+
+
+class _Core(CoreAttention, _Part):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.compress_k.__class__ = self.compress_v.__class__ = _Compressor
+
+
+class NSAInnerAttention(ScaledDotProductAttention):
+    """A ScaledDotProductAttention, for which torchtitan makes no masks but does context
+    parallelism. Parameters: those of nsa.CoreAttention, as `core`."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ScaledDotProductAttention.Config):
+        nsa: nsa.Config
+        core_options: dict = field(default_factory=dict)  # of nsa.CoreAttention
+        load_balancer: str | None = "headtail"  # as parallelism.context_parallel_load_balancer
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if config.load_balancer not in _SHARDINGS:
+            raise ValueError(
+                f"load_balancer = {config.load_balancer!r}: must be 'headtail' or None"
+            )
+        self.sharding = _SHARDINGS[config.load_balancer]
+        self.core = _Core(config.nsa, gate_from_query=True, **config.core_options)
+        self.core_options = config.core_options
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Also where they are DTensors: the values are those of the mesh's first rank."""
+        with torch.device("cpu"):
+            made = CoreAttention(self.core.config, gate_from_query=True, **self.core_options)
+        for parameter, value in zip(self.core.parameters(), made.parameters()):
+            if isinstance(parameter, DTensor):
+                value = value.detach().to(parameter.device)
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
+
+    def parallelize(self, parallel_dims) -> None:
+        """torchtitan calls it for tensor parallelism and for SPMD backends that gather k and v."""
+        raise ValueError(
+            "parallelism.spmd_backend must be 'partial_dtensor', without tensor parallelism"
+        )
+
+    def forward(
+        self,
+        q_BLNH: torch.Tensor,
+        k_BLNH: torch.Tensor,
+        v_BLNH: torch.Tensor,
+        *,
+        attention_masks: torch.Tensor | None = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        is_causal: bool = True,
+    ) -> torch.Tensor:
+        """attention_masks: the positions [B,L], as NSAGQAttention gives them; None: every sequence
+        is one document (not with context parallelism). The others: of ScaledDotProductAttention."""
+        check_scale(self.core.config, scale)
+        if not is_causal:
+            raise ValueError("is_causal = False: with NSA it must be True")
+        if not isinstance(q_BLNH, DTensor):
+            return self._run(q_BLNH, k_BLNH, v_BLNH, attention_masks, None)
+        mesh, placements = q_BLNH.device_mesh, q_BLNH.placements
+        if mesh.ndim != 1 or placements != (Shard(1),):
+            raise ValueError(f"q: is a DTensor with {placements}, must have Shard(1) of cp")
+        local = (x.to_local() for x in (q_BLNH, k_BLNH, v_BLNH))
+        o = self._run(*local, attention_masks, mesh.get_group())
+        return DTensor.from_local(o, mesh, placements, run_check=False)
+
+    def _run(self, q, k, v, positions, process_group):
+        self.core.group = None if process_group is None else group_of(process_group)
+        if positions is not None:
+            plan = plan_of_positions(positions.expand(len(q), -1), process_group, self.sharding)
+        elif process_group is None:
+            plan = None
+        else:
+            raise ValueError("positions: must be given with context parallelism")
+        return self.core(q, k, v, plan=plan)
+
+
+class NSAGQAttention(GQAttention):
+    """Hands on positions to its inner attention, which finds the documents by them."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(GQAttention.Config):
+        pass
+
+    def forward(self, x_BLD, attention_masks=None, positions=None):
+        if attention_masks is not None:
+            raise ValueError("attention_masks: must be None; positions say what the documents are")
+        return super().forward(x_BLD, positions, positions)
+
+
+class NSAConverter(ModelConfigConverter):
+    """Replaces the attention of all layers."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ModelConfigConverter.Config):
+        nsa: nsa.Config
+        core_options: dict = field(default_factory=dict)  # of nsa.CoreAttention
+        load_balancer: str | None = "headtail"  # as parallelism.context_parallel_load_balancer
+
+    def __init__(self, config: Config):
+        self.options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+    def convert(self, model_config):
+        """A copy of a Decoder.Config, such as Llama3Model.Config."""
+        config = self.options["nsa"]
+        layers = []
+        for layer in model_config.layers:
+            attention = layer.attention
+            if type(attention) is not GQAttention.Config:
+                raise ValueError(f"layers: have {type(attention)}, must have GQAttention.Config")
+            head_dim = attention.head_dim or attention.dim // attention.n_heads
+            check_same(
+                num_q_heads=(attention.n_heads, config.num_q_heads),
+                num_kv_heads=(attention.n_kv_heads or attention.n_heads, config.num_kv_heads),
+                head_dim_qk=(head_dim, config.head_dim_qk),
+                head_dim_v=(head_dim, config.head_dim_v),
+            )
+            fields = {f.name: getattr(attention, f.name) for f in dataclasses.fields(attention)}
+            fields["inner_attention"] = NSAInnerAttention.Config(**self.options)
+            layers.append(dataclasses.replace(layer, attention=NSAGQAttention.Config(**fields)))
+        return dataclasses.replace(model_config, layers=layers)

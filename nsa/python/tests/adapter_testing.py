@@ -1,0 +1,66 @@
+"""What the tests of the adapters share."""
+
+import pathlib
+import re
+
+import torch
+
+import nsa
+
+TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
+
+
+def make_config(num_q_heads=4, **fields):
+    fields = {"num_selected_blocks": 3, "num_local_blocks": 1, "window_tokens": 48} | fields
+    return nsa.Config(
+        num_q_heads=num_q_heads, num_kv_heads=2, head_dim_qk=64, head_dim_v=64, **fields
+    )
+
+
+# Of up to 512 tokens each of these branches alone is dense causal attention.
+DENSE = make_config(num_selected_blocks=8, window_tokens=512)
+DENSE_BRANCHES = {"selected": 1, "window": 2}
+
+
+@torch.no_grad()
+def only(branch, model):
+    """Closes the gates of all but one branch (0 cmp, 1 slc, 2 win) in a model."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate_bias"):
+            parameter.copy_(torch.tensor([100.0 if b == branch else -100.0 for b in range(3)]))
+
+
+@torch.no_grad()
+def perturb(model):
+    """Gates and compressors that are no longer alike in all heads."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in sorted(model.named_parameters()):
+        if "gate_" in name or "compress_" in name:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def is_ours(name):
+    return "gate_" in name or "compress_" in name
+
+
+def gradients_of(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(actual, expected):
+    """Of dicts of tensors, in those of `expected`: in relation to each tensor's largest value, or
+    to a hundredth of the largest of all where that is more, as some gradients are zero but for
+    rounding."""
+    least = max(float(of.abs().max()) for of in expected.values()) / 100
+    for name, of in expected.items():
+        scale = max(float(of.abs().max()), least)
+        difference = float((actual[name] - of).abs().max()) / scale
+        assert difference < 5e-4, f"{name}: {difference}"
+
+
+def run_readme(title, **names):
+    """The first Python code under the README's heading `title`, run as written; its variables."""
+    text = (pathlib.Path(__file__).parents[3] / "README.md").read_text()
+    code = re.search(rf"^#+ {title}\n.*?```python\n(.*?)```", text, re.M | re.S).group(1)
+    exec(compile(code, title, "exec"), names)
+    return names

@@ -1,0 +1,264 @@
+"""NSA in Hugging Face models: tiny ones, with random weights."""
+
+import copy
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import torch.distributed as dist  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+import nsa  # noqa: E402
+import ranks  # noqa: E402
+from adapter_testing import (  # noqa: E402
+    DENSE,
+    DENSE_BRANCHES,
+    TOLERANCE,
+    assert_same,
+    gradients_of,
+    is_ours,
+    make_config,
+    only,
+    perturb,
+    run_readme,
+)
+
+from nsa.adapters import huggingface as adapter  # noqa: E402
+
+CONFIG = make_config(compressor="mlp")
+SIZES = dict(
+    vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=64,
+    num_attention_heads=4, num_key_value_heads=2,
+)  # fmt: skip
+MODELS = {
+    "llama": lambda **options: LlamaForCausalLM(LlamaConfig(**SIZES, **options)),
+    "qwen3": lambda **options: Qwen3ForCausalLM(Qwen3Config(**SIZES, **options)),
+}
+PACKED = torch.cat([torch.arange(length) for length in (100, 37, 163)])[None]
+
+
+def make_model(kind="llama", **options):
+    torch.manual_seed(0)
+    return MODELS[kind](**options)
+
+
+def make_ids(batch, tokens=300):
+    return torch.randint(0, 50, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def right_padding(batch, tokens=300):
+    mask = torch.ones(batch, tokens, dtype=torch.int64)
+    mask[0, 211:] = 0
+    return mask
+
+
+INPUTS = {
+    "batch": {"input_ids": make_ids(2)},
+    "ones": {"input_ids": make_ids(2), "attention_mask": torch.ones(2, 300)},
+    "padded": {"input_ids": make_ids(2), "attention_mask": right_padding(2)},
+    "packed": {"input_ids": make_ids(1), "position_ids": PACKED},
+}
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("branch", DENSE_BRANCHES)
+@pytest.mark.parametrize("kind", MODELS)
+def test_dense_branch_is_sdpa(kind, branch, inputs):
+    model, inputs = make_model(kind, attn_implementation="sdpa"), INPUTS[inputs]
+    ours = copy.deepcopy(model)
+    adapter.attach(ours, DENSE)
+    only(DENSE_BRANCHES[branch], ours)
+    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    labels = inputs["input_ids"].masked_fill(~real, -100)
+    expected = model(**inputs, labels=labels, use_cache=False)
+    actual = ours(**inputs, labels=labels, use_cache=False)
+    torch.testing.assert_close(actual.logits[real], expected.logits[real], **TOLERANCE)
+    expected.loss.backward()
+    actual.loss.backward()
+    assert_same(gradients_of(ours), gradients_of(model))
+
+
+def test_documents_are_independent():
+    model = make_model()
+    adapter.attach(model, CONFIG)
+    perturb(model)
+    ids = make_ids(1)
+    packed = model(ids, position_ids=PACKED, use_cache=False).logits
+    ends = torch.tensor([0, 100, 137, 300], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone(), "max_length_q": 163}
+    by_ends = model(ids, position_ids=PACKED, use_cache=False, **lengths).logits
+    assert torch.equal(packed, by_ends)
+    for begin, end in zip(ends, ends[1:]):
+        alone = model(ids[:, begin:end], use_cache=False).logits
+        torch.testing.assert_close(packed[:, begin:end], alone, **TOLERANCE)
+    assert not torch.allclose(packed, model(ids, use_cache=False).logits)
+    PACKED.add_(0)  # counts as a change: read again
+    assert torch.equal(packed, model(ids, position_ids=PACKED, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training(checkpointing):
+    model = make_model()
+    adapter.attach(model, CONFIG)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(make_ids(2), labels=make_ids(2)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05
+    assert all(p.grad.norm() > 0 for name, p in model.named_parameters() if is_ours(name))
+
+
+def test_generate_without_cache_is_sdpa():
+    model = make_model(attn_implementation="sdpa")
+    ours = copy.deepcopy(model)
+    adapter.attach(ours, DENSE)
+    only(2, ours)
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": False}
+    mask = torch.ones(1, 70)
+    expected = model.generate(make_ids(1, 70), attention_mask=mask, **options)
+    assert torch.equal(ours.generate(make_ids(1, 70), attention_mask=mask, **options), expected)
+    with pytest.raises(ValueError, match="1 queries, 71 keys.*use_cache=False"):
+        ours.generate(make_ids(1, 70), attention_mask=mask, max_new_tokens=5)
+
+
+def test_state_dict(tmp_path):
+    from safetensors.torch import load_file
+
+    model = make_model()
+    adapter.attach(model, CONFIG)
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    other = LlamaForCausalLM.from_pretrained(tmp_path)
+    adapter.attach(other, CONFIG)
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(
+        other(make_ids(1), use_cache=False).logits, model(make_ids(1), use_cache=False).logits
+    )
+
+
+def test_what_cannot_be_honoured():
+    model = make_model()
+    with pytest.raises(ValueError, match="attach"):
+        fresh = make_model()
+        fresh.set_attn_implementation("nsa")
+        fresh(make_ids(1))
+    for field, value in (("num_q_heads", 8), ("num_kv_heads", 4), ("head_dim_qk", 128)):
+        with pytest.raises(ValueError, match=f"nsa.Config.{field} = {value}"):
+            adapter.attach(model, nsa.Config(**{**vars(CONFIG), field: value}))
+    adapter.attach(model, CONFIG)
+    left = right_padding(2).flip(-1)
+    arbitrary = torch.ones(1, 1, 300, 300).tril()
+    for text, inputs in {
+        "on the right": {"attention_mask": left},
+        "attention_mask": {"attention_mask": arbitrary},
+        "output_attentions": {"output_attentions": True},
+        "must be causal": {"is_causal": False},
+        "softcap": {"softcap": 30.0},
+        "s_aux": {"s_aux": torch.zeros(4)},
+        "sliding_window": {"sliding_window": 64},
+        "new_thing": {"new_thing": 1},
+        "must be equal": {
+            "cu_seq_lens_q": torch.tensor([0, 600]),
+            "cu_seq_lens_k": torch.tensor([0, 300, 600]),
+        },
+    }.items():
+        with pytest.raises(ValueError, match=text):
+            model(make_ids(2), use_cache=False, **inputs)
+    module, q, k = model.model.layers[0].self_attn, torch.ones(1, 4, 9, 64), torch.ones(1, 2, 9, 64)
+    with pytest.raises(ValueError, match="is_causal = False"):
+        adapter.nsa_attention(module, q, k, k, None, is_causal=False)
+    with pytest.raises(ValueError, match="softmax scale = 0.125"):
+        scaled = make_model()
+        adapter.attach(scaled, make_config(softmax_scale=0.1))
+        scaled(make_ids(1))
+    with pytest.raises(ValueError, match="dropout"):
+        dropping = make_model(attention_dropout=0.1)
+        adapter.attach(dropping, CONFIG)
+        dropping.train()(make_ids(1))
+    with pytest.raises(ValueError, match="sliding_window|mask"):
+        sliding = make_model(
+            "qwen3",
+            use_sliding_window=True,
+            sliding_window=64,
+            layer_types=["sliding_attention"] * 2,
+        )
+        adapter.attach(sliding, CONFIG)
+        sliding(make_ids(1))
+
+
+def masks_that_are_not_causal_documents():
+    from transformers import masking_utils as m
+
+    yield m.sliding_window_causal_mask_function(64)
+    yield m.bidirectional_mask_function
+    yield m.or_masks(m.causal_mask_function, lambda b, h, q, k: q < k)
+    yield m.and_masks(m.causal_mask_function, lambda b, h, q, k: q < 2 * k)
+    yield m.and_masks(m.causal_mask_function, m.sliding_window_overlay(3))
+
+
+def test_masks():
+    from transformers import masking_utils as m
+
+    sizes = {"q_length": 300, "kv_length": 300}
+    documents = m.packed_sequence_mask_function(PACKED)
+    adapter.nsa_mask(mask_function=m.and_masks(m.causal_mask_function, documents), **sizes)
+    for function in masks_that_are_not_causal_documents():
+        with pytest.raises(ValueError, match="must be causal"):
+            adapter.nsa_mask(mask_function=function, **sizes)
+
+
+def context_parallel(rank, size):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ids, target = make_ids(1, 320), make_ids(1, 320).roll(-1)
+    packed = torch.cat([torch.arange(length) for length in (100, 37, 183)])[None]
+    alone, sharded = make_model(), make_model()
+    adapter.attach(alone, CONFIG)
+    adapter.attach(sharded, CONFIG, dist.group.WORLD)
+    for model in (alone, sharded):
+        perturb(model)
+    plan = nsa.Plan(320, size, sharding="zigzag")
+    for positions in (torch.arange(320)[None], packed):
+        expected = alone(
+            ids, position_ids=positions, shift_labels=target, labels=target, use_cache=False
+        )
+        expected.loss.backward()
+        mine = {
+            name: plan.shard(tensor, rank, dim=1)
+            for name, tensor in dict(
+                input_ids=ids, position_ids=positions, shift_labels=target, labels=target
+            ).items()
+        }
+        actual = sharded(**mine, use_cache=False)
+        logits = plan.gather(actual.logits, dim=1)
+        torch.testing.assert_close(logits, expected.logits, **TOLERANCE)
+        actual.loss.backward()
+        gradients = gradients_of(sharded)
+        for gradient in gradients.values():
+            dist.all_reduce(gradient.div_(size))
+        assert_same(gradients, gradients_of(alone))
+        alone.zero_grad()
+        sharded.zero_grad()
+    try:
+        sharded(mine["input_ids"], use_cache=False)  # its position_ids count from 0 on each rank
+    except ValueError as error:
+        assert "put together" in str(error)
+        return True
+
+
+def test_two_ranks_against_one():
+    assert ranks.run(context_parallel, 2) == [True, True]
+
+
+def test_readme():
+    names = run_readme("Hugging Face")
+    assert names["loss"].isfinite()

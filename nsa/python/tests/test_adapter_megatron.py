@@ -1,0 +1,328 @@
+"""NSA in Megatron-core's own layers, on the CPU with gloo groups. What Megatron only does on GPUs
+(RoPE tables of sbhd under context parallelism, dealing of thd batches) is done here as it does."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("megatron.core")
+
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType  # noqa: E402
+from megatron.core.transformer.spec_utils import build_module  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.utils import get_batch_on_this_cp_rank  # noqa: E402
+
+import nsa  # noqa: E402
+import ranks  # noqa: E402
+from adapter_testing import (  # noqa: E402
+    TOLERANCE,
+    assert_same,
+    gradients_of,
+    is_ours,
+    make_config,
+    perturb,
+    run_readme,
+)
+
+from nsa.adapters.megatron import NSACoreAttention, get_nsa_layer_spec  # noqa: E402
+
+CONFIG = make_config(compressor="mlp")
+HIDDEN, TOKENS = 64, 320
+# Padded to multiples of 4, for two ranks.
+ENDS, PADDED_ENDS = [0, 98, 134, 310], [0, 100, 136, 320]
+
+
+def make_transformer_config(**fields):
+    return TransformerConfig(
+        **{
+            "num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": 4,
+            "num_query_groups": 2, "kv_channels": 64, "attention_dropout": 0.0,
+            "hidden_dropout": 0.0, "use_cpu_initialization": True,
+        } | fields
+    )  # fmt: skip
+
+
+def make_layer(config=CONFIG, **fields):
+    torch.manual_seed(0)
+    spec = get_nsa_layer_spec(get_gpt_layer_local_spec(), config)
+    layer = build_module(spec, config=make_transformer_config(**fields), layer_number=1)
+    perturb(layer)
+    return layer
+
+
+def packed_seq_params(padded=True):
+    ends, padded_ends = torch.tensor([ENDS, PADDED_ENDS], dtype=torch.int32)
+    if not padded:
+        return PackedSeqParams("thd", cu_seqlens_q=padded_ends, cu_seqlens_kv=padded_ends)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends,
+        cu_seqlens_q_padded=padded_ends, cu_seqlens_kv_padded=padded_ends.clone(),
+    )  # fmt: skip
+
+
+def rope(positions):
+    """As Megatron's RotaryEmbedding: angles [tokens,1,1,64]."""
+    angles = positions[:, None] * 10000.0 ** (-torch.arange(0, 64, 2) / 64)
+    return torch.cat([angles, angles], -1)[:, None, None]
+
+
+@pytest.fixture(scope="module")
+def megatron():
+    """One rank's groups, and what this process had before."""
+    import os
+
+    saved = dict(os.environ)
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def direct(core, q, k, v, plan):
+    """nsa.attention() of q [T,Hq,D], ... with the parameters of a core attention."""
+    gate = torch.einsum("thd,hgd->thg", q, core.gate_weight) + core.gate_bias
+    engine = nsa.Engine(core.config, plan, nsa.Group.local(), dtype=q.dtype, max_hidden_width=128)
+    params = {
+        name: dict(getattr(core, name).named_parameters()) for name in ("compress_k", "compress_v")
+    }
+    return nsa.attention(engine, q, k, v, gate.sigmoid(), **params)
+
+
+def make_qkv(*tokens):
+    generator = torch.Generator().manual_seed(2)
+    heads = (4, 2, 2)
+    return [torch.randn(*tokens, h, 64, generator=generator).requires_grad_() for h in heads]
+
+
+def compare(actual, expected, leaves):
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+    d_o = torch.randn_like(actual)
+    gradients, of = (
+        dict(enumerate(torch.autograd.grad(o, leaves, d_o))) for o in (actual, expected)
+    )
+    assert_same(gradients, of)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_sbhd_is_nsa_attention(megatron, batch):
+    core = make_layer().self_attention.core_attention
+    q, k, v = make_qkv(TOKENS, batch)
+    o = core(q, k, v, None, attn_mask_type=AttnMaskType.causal)
+    assert o.shape == (TOKENS, batch, 4 * 64)
+    plan = nsa.Plan(TOKENS)
+    expected = torch.stack(
+        [direct(core.core, q[:, b], k[:, b], v[:, b], plan).flatten(1) for b in range(batch)], 1
+    )
+    compare(o, expected, [q, k, v, *core.parameters()])
+
+
+def test_one_sequence_is_not_copied(megatron, monkeypatch):
+    core = make_layer().self_attention.core_attention
+    q, k, v = make_qkv(TOKENS, 1)
+    given = []
+    run = nsa.Engine.run_forward
+    monkeypatch.setattr(
+        nsa.Engine, "run_forward",
+        lambda self, tensors, *rest, **named: given.extend(tensors[:3])
+        or run(self, tensors, *rest, **named),
+    )  # fmt: skip
+    core(q, k, v, None)
+    assert [t.data_ptr() for t in given] == [t.data_ptr() for t in (q, k, v)]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_thd_is_nsa_attention(megatron, padded):
+    core = make_layer().self_attention.core_attention
+    q, k, v = make_qkv(TOKENS)
+    o = core(q, k, v, None, packed_seq_params=packed_seq_params(padded))
+    assert o.shape == (TOKENS, 4 * 64)
+    real = torch.cat([
+        torch.arange(begin, begin + length)
+        for begin, length in zip(PADDED_ENDS, torch.tensor(ENDS if padded else PADDED_ENDS).diff())
+    ])  # fmt: skip
+    plan = nsa.Plan(cu_seqlens=ENDS if padded else PADDED_ENDS)
+    expected = direct(core.core, q[real], k[real], v[real], plan).flatten(1)
+    compare(o[real], expected, [q, k, v, *core.parameters()])
+
+
+def test_layer(megatron):
+    """TransformerLayer: training, and what a checkpoint is given."""
+    layer = make_layer()
+    x = torch.randn(TOKENS, 2, HIDDEN)
+    y = layer(x, attention_mask=None, rotary_pos_emb=rope(torch.arange(TOKENS)))[0]
+    y.square().sum().backward()
+    assert all(p.grad.norm() > 0 for name, p in layer.named_parameters() if is_ours(name))
+    sharded = layer.sharded_state_dict()
+    prefix = "self_attention.core_attention."
+    ours = layer.self_attention.core_attention.state_dict()
+    assert len(ours) == 12
+    for name, value in ours.items():
+        assert torch.equal(sharded[prefix + name].data, value)
+
+
+@pytest.mark.parametrize(
+    "text, fields",
+    [
+        ("attention_dropout", {"attention_dropout": 0.1}),
+        ("window_size", {"window_size": (128, 0)}),
+        ("softmax_type", {"softmax_type": "off-by-one"}),
+        ("apply_query_key_layer_scaling", {"apply_query_key_layer_scaling": True}),
+        ("log_max_attention_logit", {"log_max_attention_logit": True}),
+        ("attention_backend", {"attention_backend": AttnBackend.flash}),
+        ("cp_comm_type", {"cp_comm_type": "a2a"}),
+        ("softmax scale", {"softmax_scale": 0.1}),
+        ("num_q_heads = 4: the model has 8", {"num_attention_heads": 8}),
+        ("head_dim_qk = 64: the model has 128", {"kv_channels": 128}),
+    ],
+)
+def test_configs_that_cannot_be_honoured(megatron, text, fields):
+    with pytest.raises(ValueError, match=text):
+        if "cp_comm_type" in fields:
+            NSACoreAttention(
+                make_transformer_config(),
+                1,
+                AttnMaskType.causal,
+                "self",
+                nsa_config=CONFIG,
+                **fields,
+            )
+        else:
+            make_layer(**fields)
+
+
+def test_calls_that_cannot_be_honoured(megatron):
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    config = make_transformer_config()
+    for mask_type, attention in ((AttnMaskType.padding, "self"), (AttnMaskType.causal, "cross")):
+        with pytest.raises(ValueError, match="attn_mask_type|attention_type"):
+            NSACoreAttention(config, 1, mask_type, attention, nsa_config=CONFIG)
+    layer = make_layer()
+    core = layer.self_attention.core_attention
+    x, (q, k, v) = torch.randn(TOKENS, 1, HIDDEN), make_qkv(TOKENS, 1)
+    mask = torch.ones(1, 1, TOKENS, TOKENS).triu(1).bool()
+    unequal = packed_seq_params()
+    unequal.cu_seqlens_kv_padded = torch.tensor([0, 320])
+    for text, call in {
+        "attention_mask": lambda: layer(x, attention_mask=mask),
+        "attention_bias": lambda: core(q, k, v, None, attention_bias=mask.float()),
+        "attn_mask_type": lambda: core(q, k, v, None, attn_mask_type=AttnMaskType.no_mask),
+        "qkv_format": lambda: core(q, k, v, None, packed_seq_params=PackedSeqParams("sbhd")),
+        "must be equal": lambda: core(
+            *(t[:, 0] for t in (q, k, v)), None, packed_seq_params=unequal
+        ),
+        "local_cp_size": lambda: core(
+            *(t[:, 0] for t in (q, k, v)), None,
+            packed_seq_params=PackedSeqParams("thd", local_cp_size=1),
+        ),
+        "k_cmp": lambda: core(q[:1], k, v, None),
+        "inference_context": lambda: layer(
+            x, attention_mask=None, inference_context=StaticInferenceContext(1, 512)
+        ),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            call()
+    with pytest.raises(ValueError, match="SelfAttention"):
+        get_nsa_layer_spec(get_nsa_layer_spec(get_gpt_layer_local_spec(), CONFIG), CONFIG)
+
+
+def context_parallel(rank, size):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(context_parallel_size=size)
+    sharded = make_layer(context_parallel_size=size)
+    alone = make_layer(context_parallel_size=1)
+    generator = torch.Generator().manual_seed(3)
+    for packed in (None, packed_seq_params(False)):
+        batch = 2 if packed is None else 1
+        x, d_y = torch.randn(2, TOKENS, batch, HIDDEN, generator=generator)
+        positions = torch.arange(TOKENS)
+        if packed is None:
+            plan = nsa.Plan(TOKENS, size, sharding="zigzag")
+            dealt = get_batch_on_this_cp_rank({"x": x.transpose(0, 1).contiguous()})["x"]
+            mine = dealt.transpose(0, 1)
+            angles, my_angles = rope(positions), rope(plan.shard(positions, rank))
+        else:  # RoPE of thd deals the angles itself
+            plan = nsa.Plan(num_ranks=size, sharding="zigzag_per_document", cu_seqlens=PADDED_ENDS)
+            mine = plan.shard(x, rank)
+            angles = my_angles = rope(positions[:200])
+        if packed is not None:  # ... by the cp group, which is of one rank for `alone`
+            one = dist.new_subgroups(1)[0]
+            alone.self_attention.pg_collection.cp = one
+        y = sharded(mine, attention_mask=None, rotary_pos_emb=my_angles, packed_seq_params=packed)[
+            0
+        ]
+        y.backward(plan.shard(d_y, rank))
+        expected = alone(x, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed)[0]
+        expected.backward(d_y)
+        torch.testing.assert_close(plan.gather(y), expected, **TOLERANCE)
+        gradients = gradients_of(sharded)
+        for gradient in gradients.values():
+            dist.all_reduce(gradient)
+        assert_same(gradients, gradients_of(alone))
+        sharded.zero_grad()
+        alone.zero_grad()
+    try:
+        ends = torch.tensor([0, 99, 320])
+        sharded(mine, None, packed_seq_params=PackedSeqParams("thd", ends, ends))
+    except ValueError as error:
+        return str(error)
+
+
+def test_two_context_parallel_ranks_against_one():
+    for text in ranks.run(context_parallel, 2):
+        assert "multiple of 4" in text
+
+
+def tensor_parallel(rank, size):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+    config, x = (
+        make_config(),
+        torch.randn(TOKENS, 1, HIDDEN, generator=torch.Generator().manual_seed(4)),
+    )
+    torch.manual_seed(0)
+    spec = get_nsa_layer_spec(get_gpt_layer_local_spec(), config)
+    fields = make_transformer_config(tensor_model_parallel_size=size)
+    layer = build_module(spec, config=fields, layer_number=1)
+    core = layer.self_attention.core_attention.core
+    assert core.gate_weight.shape == (2, 3, 64) and core.gate_weight.tensor_model_parallel
+    y = layer(x, attention_mask=None)[0]
+    texts = []
+    for build in (
+        lambda: make_layer(config, tensor_model_parallel_size=size, num_query_groups=1),
+        lambda: build_module(
+            get_nsa_layer_spec(get_gpt_layer_local_spec(), config, compressor_per_head=False),
+            config=fields, layer_number=1,
+        ),
+    ):  # fmt: skip
+        try:
+            build()
+        except ValueError as error:
+            texts.append(str(error))
+    return y.detach().numpy(), texts
+
+
+def test_two_tensor_parallel_ranks_against_one(megatron):
+    torch.manual_seed(0)
+    spec = get_nsa_layer_spec(get_gpt_layer_local_spec(), make_config())
+    layer = build_module(spec, config=make_transformer_config(), layer_number=1)
+    x = torch.randn(TOKENS, 1, HIDDEN, generator=torch.Generator().manual_seed(4))
+    expected = layer(x, attention_mask=None)[0].detach()
+    for y, texts in ranks.run(tensor_parallel, 2):
+        torch.testing.assert_close(torch.from_numpy(y), expected, **TOLERANCE)
+        assert len(texts) == 2 and "num_query_groups" in texts[0], texts
+
+
+def test_readme(megatron):
+    names = run_readme("Megatron-core")
+    assert names["y"].shape == names["x"].shape
