@@ -19,10 +19,10 @@ class ModelConfig:
     attention: str  # "nsa" or "dense"
     num_layers: int = 4
     hidden: int = 256  # H
-    mlp: int = 768
+    mlp: int = 416
     num_q_heads: int = 8  # Hq
     num_kv_heads: int = 1  # Hkv
-    head_dim: int = 64  # D
+    head_dim: int = 128  # D
     compress_block_tokens: int = 32
     select_block_tokens: int = 64
     num_selected_blocks: int = 16
@@ -142,8 +142,11 @@ class Layer(nn.Module):
             core = self.attention.core
             nn.init.constant_(core.compress_k.weight, config.compress_k_weight)
             nn.init.constant_(core.compress_v.weight, config.compress_v_weight)
+            self.attention.gate_proj.register_forward_hook(self._close_gates)
         else:
             self.attention = DenseAttention(config, rope_theta)
+        self.has_positions = rope_theta is not None
+        self.summaries_only = False
         self.attention_norm = nn.RMSNorm(hidden)
         self.mlp_norm = nn.RMSNorm(hidden)
         self.up = nn.Linear(hidden, mlp, bias=False)
@@ -151,6 +154,15 @@ class Layer(nn.Module):
         nn.init.zeros_(self.down.weight)
         if rope_theta is None:
             self._look_for_what_came_before(config.head_dim)
+
+    def _close_gates(self, _, __, logits):
+        """Of gate_proj. Attention that has nothing but the summaries has to learn to find things by
+        them, and it is by them that blocks are selected. While it can do without, because what
+        it looks for lies in the window or is selected by chance, it learns that slowly."""
+        if not self.summaries_only:
+            return logits
+        closed = logits.new_tensor([0.0, float("-inf"), float("-inf")])
+        return (logits.unflatten(-1, (-1, 3)) + closed).flatten(-2)
 
     @torch.no_grad()
     def _look_for_what_came_before(self, head_dim):
@@ -199,9 +211,10 @@ class Model(nn.Module):
         positions = _positions(plan, self.group.rank, tensor.device, False)
         return tensor.flatten(0, 1)[positions].unflatten(0, (len(tensor), -1))
 
-    def forward(self, tokens, *, plan):
+    def forward(self, tokens, *, plan, summaries_only=False):
         """tokens [B,S] uint8, the same on every rank. Returns logits [B,T,256] f32 of this rank's
-        tokens of `plan`, B documents of S tokens."""
+        tokens of `plan`, B documents of S tokens. summaries_only: sparse layers without positions
+        attend to nothing else."""
         padded = F.pad(tokens.long(), (NGRAM, 0), value=_NO_BYTE)
         distances = torch.arange(NGRAM, device=tokens.device)
         # Token t's bytes are padded[t+NGRAM-j], and those of the token before at one less.
@@ -210,6 +223,7 @@ class Model(nn.Module):
         x = F.embedding_bag(grams.flatten(0, 2), self.embedding, mode="sum") * NGRAM**-0.5
         x = x.view(*grams.shape[:2], -1)
         for layer in self.layers:
+            layer.summaries_only = summaries_only and not layer.has_positions
             x = layer(x, plan=plan)
         return self.head(self.norm(x)).float()
 

@@ -42,6 +42,12 @@ def parse_arguments():
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768,65536")
     parser.add_argument("--shares", default="10,20,20,20,10,10,10", help="of steps, by length")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--summary_share",
+        type=float,
+        default=0.5,
+        help="of the steps of the first 70%%: nsa attends to summaries only, see model.py",
+    )
     parser.add_argument("--warmup_steps", type=int, default=50, help="of every run")
     parser.add_argument("--eval_lengths", default="4096,8192,16384,32768,65536")
     parser.add_argument("--depths", type=int, default=11, help="of needles, evenly from 0 to 1")
@@ -125,7 +131,7 @@ class Trainer:
         for parameter, part in zip(parameters, parts):
             parameter.grad = part.view_as(parameter)
 
-    def losses(self, sequences, answers):
+    def losses(self, sequences, answers, summaries_only=False):
         """Of a batch of data.stack: (nats of each of this rank's tokens, whether it was predicted,
         whether it is of an answer), all [B,T]."""
         sequences, answers = (
@@ -133,7 +139,7 @@ class Trainer:
         )
         plan = make_plan(*answers.shape, self.group.size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            logits = self.model(sequences[:, :-1], plan=plan)
+            logits = self.model(sequences[:, :-1], plan=plan, summaries_only=summaries_only)
         targets = self.model.shard(sequences[:, 1:], plan).long()
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         hits = logits.detach().argmax(-1) == targets
@@ -148,7 +154,10 @@ class Trainer:
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate * arguments.learning_rate
         count = max(1, int(answers.sum()))
-        loss, hits, mask = self.losses(sequences, answers)
+        share = arguments.summary_share if self.step < 0.7 * arguments.steps else 0
+        # So many of each hundred steps, evenly.
+        summaries_only = int((self.step + 1) * share) > int(self.step * share)
+        loss, hits, mask = self.losses(sequences, answers, summaries_only)
         self.gradients.zero_()
         of_text, of_answers = loss.sum() / tokens, (loss * mask).sum() / count
         (of_text + of_answers).backward()
