@@ -37,6 +37,8 @@ python_package() {
   python=$(tools/python_env.sh) && bazel build "${bazel_flags[@]}" //nsa:libnsa.so &&
     run_pytest "$python" nsa/python
 }
+# On what the step before has built.
+pytorch_example() { run_pytest "$(tools/python_env.sh)" examples/04_pytorch_training; }
 # As it is installed, without torch.
 wheel() {
   tools/build_wheel.sh "$results/wheel" && python3 -m venv "$results/venv" &&
@@ -56,6 +58,7 @@ steps=(
   external_workspace
   bundle
   python_package
+  pytorch_example
   wheel
 )
 
