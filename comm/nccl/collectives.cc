@@ -61,8 +61,8 @@ std::vector<StagedPiece> StageMessages(int rank, int size, std::vector<Op>& ops)
   return pieces;
 }
 
-// Sends and receives of a rank in a group of NCCL's. With 1700 on 4 ranks a group waited for ever: it
-// seems that NCCL cuts up large groups by itself, on each rank in another place.
+// Sends and receives of a rank in a group of NCCL's. With 1700 on 4 ranks a group waited for ever:
+// it seems that NCCL cuts up large groups by itself, on each rank in another place.
 constexpr int kMostOperations = 512;
 
 // Of two ranks in a group, one way.

@@ -4,7 +4,6 @@
 
 #include <nccl.h>
 
-
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/time/time.h"

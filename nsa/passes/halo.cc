@@ -22,8 +22,8 @@ class Cursor {
   int64_t used_ = 0;
 };
 
-// The messages of one tensor: what follows the last one, there and for the same rank, joins it. Both
-// ends have their rows by peer, so that one message goes each way between two ranks.
+// The messages of one tensor: what follows the last one, there and for the same rank, joins it.
+// Both ends have their rows by peer, so that one message goes each way between two ranks.
 template <class Op>
 class Messages {
  public:

@@ -155,10 +155,8 @@ std::vector<HaloPiece> HaloOf(const NsaConfig& config, const ShardPlan& plan,
       if (chunk->rank == rank) continue;
       const int64_t begin = std::max(range.begin, chunk->begin);
       const int64_t num_tokens = std::min(range.end, chunk->end()) - begin;
-      pieces.push_back({.owner = chunk->rank,
-                        .token_begin = begin,
-                        .num_tokens = num_tokens,
-                        .halo_row = 0});
+      pieces.push_back(
+          {.owner = chunk->rank, .token_begin = begin, .num_tokens = num_tokens, .halo_row = 0});
     }
   }
   std::stable_sort(pieces.begin(), pieces.end(),
