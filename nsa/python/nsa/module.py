@@ -15,6 +15,20 @@ from nsa.group import Group
 from nsa.ops import attention_of_number
 from nsa.plan import Plan, plan_of_number
 
+try:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+except ImportError:  # a torch without torch.distributed
+    DTensor = ()
+
+
+def _assign(parameter, value):
+    """parameter = value, broadcast. Of a DTensor, as FSDP2 makes parameters, the value of the mesh's
+    first rank."""
+    value = value.to(parameter.device).expand(parameter.shape)
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
+
 
 class Compressor(nn.Module):
     """The parameters of Config.compressor, for k or for v. H' is 1 or Hkv, D is Dk or Dv.
@@ -57,7 +71,7 @@ class Compressor(nn.Module):
         if self.compressor == "weighted":
             self.weight.fill_(1 / self.block_tokens)
         elif self.compressor == "linear":
-            self.w.copy_(mean)
+            _assign(self.w, mean)
         elif self.compressor == "mlp":
             # gelu(x) - gelu(-x) = x.
             pairs = min(self.head_dim, self.hidden // 2)
@@ -65,9 +79,12 @@ class Compressor(nn.Module):
             if pairs < self.head_dim:
                 nn.init.orthogonal_(directions)
             directions = directions[:pairs]
-            nn.init.normal_(self.w1, std=self.w1.shape[-1] ** -0.5)
-            self.w1[:, : 2 * pairs] = torch.cat([directions @ mean, -directions @ mean])
-            self.w2[..., : 2 * pairs] = torch.cat([directions.T, -directions.T], 1)
+            w1 = torch.empty(tuple(self.w1.shape)).normal_(std=self.w1.shape[-1] ** -0.5)
+            w1[:, : 2 * pairs] = torch.cat([directions @ mean, -directions @ mean])
+            w2 = torch.zeros(tuple(self.w2.shape))
+            w2[..., : 2 * pairs] = torch.cat([directions.T, -directions.T], 1)
+            _assign(self.w1, w1)
+            _assign(self.w2, w2)
 
     def in_order(self) -> list[torch.Tensor | None]:
         """As flatten() orders them."""

@@ -70,6 +70,32 @@ def test_narrow_mlp_starts_as_a_projection_of_the_mean():
     )
 
 
+@pytest.mark.parametrize("compressor", ["weighted", "linear", "mlp"])
+def test_sharded_parameters_start_as_others(compressor):
+    """As FSDP2 wants it: made on the meta device, sharded, then initialised."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            core = nsa.CoreAttention(with_compressor(compressor), gate_from_query=True)
+        fully_shard(core, mesh=init_device_mesh("cpu", (1,)))
+        core.to_empty(device="cpu")
+        torch.manual_seed(0)
+        core.reset_parameters()
+        torch.manual_seed(0)
+        whole = nsa.CoreAttention(with_compressor(compressor), gate_from_query=True)
+        for (name, value), (_, expected) in zip(
+            core.named_parameters(), whole.named_parameters(), strict=True
+        ):
+            assert isinstance(value, DTensor), name
+            assert torch.equal(value.full_tensor(), expected), name
+    finally:
+        dist.destroy_process_group()
+
+
 def test_gates_from_queries(device):
     q, k, v, _ = make_inputs(300, device=device)
     core = nsa.CoreAttention(CONFIG, gate_from_query=True, device=device)

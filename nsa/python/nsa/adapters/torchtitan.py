@@ -24,7 +24,7 @@ import dataclasses
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torchtitan.models.common.attention import GQAttention, ScaledDotProductAttention
 from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
@@ -71,18 +71,9 @@ class NSAInnerAttention(ScaledDotProductAttention):
             )
         self.sharding = _SHARDINGS[config.load_balancer]
         self.core = _Core(config.nsa, gate_from_query=True, **config.core_options)
-        self.core_options = config.core_options
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Also where they are DTensors: the values are those of the mesh's first rank."""
-        with torch.device("cpu"):
-            made = CoreAttention(self.core.config, gate_from_query=True, **self.core_options)
-        for parameter, value in zip(self.core.parameters(), made.parameters()):
-            if isinstance(parameter, DTensor):
-                value = value.detach().to(parameter.device)
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            parameter.copy_(value)
+        self.core.reset_parameters()
 
     def parallelize(self, parallel_dims) -> None:
         """torchtitan calls it for tensor parallelism and for SPMD backends that gather k and v."""
