@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# tools/python_env.sh: prints the path of a Python with pytest and a torch for CPUs, which it makes
-# when there is none yet. torch's wheel asks for two gigabytes of CUDA's libraries, of which a CPU
+# tools/python_env.sh: prints the path of a Python with pytest, a torch for CPUs and the stacks that
+# nsa.adapters is for, which it makes when there is none yet. torch's wheel asks for two gigabytes of CUDA's libraries, of which a CPU
 # uses the runtime: empty ones stand in for the others. Functions are looked up when called, which
 # they are not; the variables that torch names are there.
 set -euo pipefail
 torch=2.15.0
-folder=${XDG_CACHE_HOME:-$HOME/.cache}/nsa-python/torch-$torch
+folder=${XDG_CACHE_HOME:-$HOME/.cache}/nsa-python/torch-$torch-stacks
 python=$folder/bin/python
 if [[ ! -e $folder/complete ]]; then
   {
@@ -14,6 +14,10 @@ if [[ ! -e $folder/complete ]]; then
     "$python" -m pip install -q pytest numpy setuptools 'nvidia-cuda-runtime==13.2.*' \
       filelock typing-extensions sympy networkx jinja2 fsspec
     "$python" -m pip install -q --no-deps "torch==$torch"
+    "$python" -m pip install -q transformers==5.23.0
+    # Both ask for more than the adapters use.
+    "$python" -m pip install -q --no-deps megatron-core==0.16.1 torchtitan==0.3.0 \
+      spmd_types==0.2.3 tyro docstring_parser triton
     site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     libraries=("$site"/torch/lib/*.so)
     nm -D --undefined-only "${libraries[@]}" |
