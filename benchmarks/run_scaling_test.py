@@ -61,7 +61,11 @@ class RunScalingTest(unittest.TestCase):
                           "passes_cuda --dim_qk=128 --dim_v=128 --reps=10 --tokens=1024"])
 
     def test_decoding(self):
-        self.add_program("mpirun", f"#!/bin/sh\necho '{DECODED}'\necho '{SKIPPED}'\n")
+        self.add_program(
+            "mpirun",
+            "#!/bin/sh\nhomes=1\n"
+            "for argument; do case $argument in --homes=*) homes=${argument#*=};; esac; done\n"
+            f"""echo '{{"homes": '$homes', {DECODED[1:]}'\necho '{SKIPPED}'\n""")
         # Dense attention imports this as torch, and comes no further.
         (self.bundle / "torch.py").write_text(
             "import json\n"
@@ -77,12 +81,12 @@ class RunScalingTest(unittest.TestCase):
         ours = "mpirun --oversubscribe --bind-to none -n {} decode_cuda " + arguments
         self.assertEqual(
             [one["command"] for one in file["runs"]],
-            [ours.format(2),
+            [ours.format(2), ours.format(2) + " --homes=2",
              "python3 benchmarks/dense/dense_attention.py --pass=decode " + arguments,
-             ours.format(4)])
+             ours.format(4), ours.format(4) + " --homes=4"])
         self.assertEqual([(r["implementation"], r.get("dense_ratio")) for r in file["results"]],
-                         [("nsa", 2.5), ("dense", None), ("nsa", 2.5)])
-        self.assertEqual(len(file["skipped"]), 3)
+                         [("nsa", 2.5), ("nsa", 2.5), ("dense", None), ("nsa", 2.5), ("nsa", 2.5)])
+        self.assertEqual(len(file["skipped"]), 5)
 
     def test_a_run_that_hangs_is_stopped_and_its_results_kept(self):
         self.add_program("passes_cuda", f"#!/bin/sh\necho '{RESULT}'\nsleep 1000\n")
