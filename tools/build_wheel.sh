@@ -22,7 +22,7 @@ mkdir "$licenses"
 cp LICENSE "$licenses/nsa"
 ldd "$library" | awk '/=> \// { print $1 }' | while read -r name; do
   package=$(dpkg -S "*/$name" | sed -n '1s/:.*//p')
-  [[ $package =~ ^lib(c6.*|gcc-s1|stdc\+\+6)$ ]] || cp -n "/usr/share/doc/$package/copyright" "$licenses/$package"
+  [[ $package =~ ^lib(c6.*|gcc-s1|stdc\+\+6)$ ]] || cp "/usr/share/doc/$package/copyright" "$licenses/$package"
 done
 PATH=$staged/tools/bin:$PATH
 pip wheel -q --no-deps --no-build-isolation --wheel-dir "$staged" \

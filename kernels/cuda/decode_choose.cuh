@@ -279,7 +279,7 @@ __device__ inline void MakeScores(const ScratchPlace& scratch, const ChooseShare
       float score = 0.0f;
       if (strides == 4 && overlap == 2) {
         // Of its own group, and the first of four of the group before.
-        const int32_t group = block / 4, place = (group - origin) * 5 + block % 4;
+        const int32_t group = block / 4, place = (group - origin) * places + block % 4;
         if (block % 4 == 0 && group > 0) score = shared.reach()[place - 1];
         if (group < end_group(block)) score += shared.reach()[place];
         scores[block - begin] = score;
@@ -306,7 +306,7 @@ struct Chunk {
                    int32_t num_choosers, int32_t index) {
     const int32_t first = dims.num_initial_blocks;
     const int32_t size = num_candidates - dims.num_local_blocks - first;
-    // Each has at least as many blocks as are chosen.
+    // Each has more blocks than are chosen.
     count = num_free <= kChunkBlocks / 4 ? min(num_choosers, MostChunks(size)) : 1;
     const int32_t each = Quotient(size, count), more = size - each * count;
     begin = first + each * index + min(index, more);
@@ -345,11 +345,7 @@ __device__ inline void ChooseBlocks(const DecodeSelectParams& params, const Scra
     MakeScores(scratch, shared, keys.end, chunk.begin, chunk.end, scores);
     __syncthreads();
     int32_t* const free = list + num_initial;
-    if (size > num_free) {
-      ChooseBest(shared.search(), shared.words(), scores, size, num_free, free);
-    } else {
-      for (int32_t i = threadIdx.x; i < num_free; i += kChooseThreads) free[i] = i;
-    }
+    ChooseBest(shared.search(), shared.words(), scores, size, num_free, free);
     __syncthreads();
     if (chunk.count == 1) {
       for (int32_t i = threadIdx.x; i < num_free; i += kChooseThreads) free[i] += chunk.begin;

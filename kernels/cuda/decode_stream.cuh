@@ -214,7 +214,7 @@ __device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
 // Slots. Of a record as there: K [2 octets][Dk/32][4 matrices][8 keys][16 bytes], then V likewise.
 // Of rows: K [16][Dk], V [16][Dv], pieces of 16 bytes exchanged so that what is read together lies
 // in different banks: piece i of key j of K at i ^ 4 * (j % 2), of V at i ^ (j % 8).
-template <class T, int kDk, int kDv, KeyLayout kLayout>
+template <int kDk, int kDv, KeyLayout kLayout>
 struct StreamHeads {
   int32_t qk_, v_;
 
@@ -474,7 +474,7 @@ class WarpAttention {
     }
   }
 
-  const StreamHeads<T, kDk, kDv, kLayout> heads_;
+  const StreamHeads<kDk, kDv, kLayout> heads_;
   const float scale_log2_;
   uint4 q_[kPieces][2];
   float o_[kColumns][4];
@@ -506,13 +506,13 @@ struct StreamStage {
 //   Block(part, key), Page(part, block), Keys(part, key, page): where 16 keys from `key` on
 //                are, in three steps, since each may have to be loaded
 //   SetPlaces(part, heads, scratch, round): where results go
-template <class T, int kDk, int kDv, bool kOverlaps, class Work>
+template <int kDk, int kDv, bool kOverlaps, class Work>
 __device__ __forceinline__ void CopyParts(const Work& work, const StreamShared& shared) {
   constexpr int kWarps = kStreamWarps<kDv>, kThreads = kWarps * 16;
   const auto& params = work.params;
   const AttentionDims& dims = params.dims;
   const DecodeScratch& layout = work.layout;
-  const StreamHeads<T, kDk, kDv, Work::kLayout> slots(dims);
+  const StreamHeads<kDk, kDv, Work::kLayout> slots(dims);
   const int32_t thread = static_cast<int32_t>(threadIdx.x) - kWarps * 32;
   const int32_t first_slot = thread / 32 * 2;
 
@@ -642,7 +642,7 @@ __device__ __forceinline__ void StreamParts(const Work& work, int32_t num_stages
   }
   __syncthreads();
   if (threadIdx.x >= kWarps * 32) {
-    CopyParts<T, kDk, kDv, kOverlaps>(work, shared);
+    CopyParts<kDk, kDv, kOverlaps>(work, shared);
   } else {
     AttendToParts<T, kDk, kDv>(work, shared);
   }
