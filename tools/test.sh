@@ -64,7 +64,7 @@ steps=(
 
 results=$(mktemp -d)
 trap 'rm -rf "$results"' EXIT
-passed=0 failed=0 skipped=0
+passed=0 failed=0 skipped=0 failed_steps=()
 
 # bazel test that leaves its events for counting. Its failing test cases are counted one by one, so
 # exit code 3 (tests failed) is not the step's failure; 4 is "no tests to run".
@@ -97,9 +97,11 @@ for name in "${steps[@]}"; do
     failed=$((failed + 1))
   fi
   verdict=ok
-  ((failed == failed_before)) || verdict=FAILED
+  ((failed == failed_before)) || { verdict=FAILED && failed_steps+=("$name"); }
   echo "=== $name: $verdict, $((SECONDS - start)) s"
 done
 
+# The end of a long log says where to look.
+((failed == 0)) || echo "failed steps: ${failed_steps[*]}"
 echo "$passed passed, $failed failed, $skipped skipped"
 ((failed == 0))

@@ -1,5 +1,5 @@
-// What a warp does with 16 keys of a round, and the shared memory that it finds them in: the ring of
-// decode_stream.cuh.
+// What a warp does with 16 keys of a round, and the shared memory that it finds them in: the ring
+// of decode_stream.cuh.
 //
 // Dk and Dv are template parameters, or 0 for any.
 #ifndef KERNELS_CUDA_DECODE_WARP_CUH_
