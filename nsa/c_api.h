@@ -244,6 +244,10 @@ typedef struct nsa_engine_options {
    * in more than their data (C++: agree_in_every_call = false). */
   int32_t agree_on_change_only;
   int32_t time_stages; /* nonzero: measure when each stage ran, for the statistics */
+  /* An engine of the same group whose calls' memory this one uses as well, taking more only if it
+   * needs more: for plans that change from step to step. Their calls run in the order they are made
+   * in, none beside the launch of a graph of another's. Null: memory of its own. */
+  const nsa_engine* memory_of;
 } nsa_engine_options;
 
 /* Collective. Takes all memory that later calls use. The plan is copied. */
@@ -291,17 +295,26 @@ typedef struct nsa_forward_outputs {
   int32_t* block_indices; /* [T,Hkv,n] dense, in the query's document, -1 padded */
 } nsa_forward_outputs;
 
-/* What a forward leaves for its backward, in memory of its own: any number of forwards may wait for
- * theirs. */
+/* What a forward leaves for its backward: any number of forwards may wait for theirs. */
 typedef struct nsa_saved_forward nsa_saved_forward;
 
 typedef struct nsa_save_options {
   size_t struct_size;
   int32_t drop_summaries; /* nonzero: the backward makes and gathers the summaries again */
   int32_t keep_blocks;    /* nonzero: keep what the forward fetches, else the backward does again */
+  /* The caller's: nsa_engine_saved_bytes() of the group's device, 64-byte aligned, for as long as
+   * the handle. Null: memory of its own. */
+  void* memory;
+  /* Nonzero: `memory` holds, also as a copy, what a forward of this engine left through another
+   * handle. */
+  int32_t is_filled;
 } nsa_save_options;
 
-/* Collective. `options` may be null. NSA_FAILED_PRECONDITION without has_backward. */
+/* What a forward leaves on this rank, in bytes; `options` may be null. 0 without has_backward. */
+NSA_API nsa_status nsa_engine_saved_bytes(const nsa_engine* engine, const nsa_save_options* options,
+                                          int64_t* num_bytes);
+/* Collective unless options->memory is given. `options` may be null. NSA_FAILED_PRECONDITION
+ * without has_backward. */
 NSA_API nsa_status nsa_saved_forward_create(nsa_engine* engine, const nsa_save_options* options,
                                             nsa_saved_forward** saved);
 NSA_API void nsa_saved_forward_destroy(nsa_saved_forward* saved);
@@ -351,7 +364,8 @@ NSA_API nsa_status nsa_engine_backward(nsa_engine* engine, const nsa_forward_inp
                                        const nsa_gradients* gradients, void* stream);
 
 /* What the last call moved and took, as JSON of nsa.RankStats (nsa/stats.proto), whose 64-bit
- * numbers are strings, as protobuf writes them. Waits for the call's end. */
+ * numbers are strings, as protobuf writes them. Waits for the call's end. NSA_FAILED_PRECONDITION
+ * before the first call, and when another engine was called in the same memory since. */
 NSA_API nsa_status nsa_engine_stats(nsa_engine* engine, const char** text);
 /* Collective: the same of all ranks, nsa.ForwardStats. */
 NSA_API nsa_status nsa_engine_gather_stats(nsa_engine* engine, const char** text);

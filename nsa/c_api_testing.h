@@ -41,8 +41,10 @@
 static inline void* Allocate(int64_t num_bytes) {
   enum { kHeader = 64 };
   static void* last = NULL;
-  char* memory = (char*)calloc(1, kHeader + (num_bytes > 0 ? (size_t)num_bytes : 1));
+  const size_t size = ((size_t)num_bytes + 2 * kHeader) / kHeader * kHeader;
+  char* memory = (char*)aligned_alloc(kHeader, size);
   CHECK(memory != NULL);
+  memset(memory, 0, size);
   *(void**)memory = last;
   last = memory;
   return memory + kHeader;

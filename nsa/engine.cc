@@ -11,6 +11,7 @@
 #include "nsa/passes/backward.h"
 #include "nsa/passes/block_fetch.h"
 #include "nsa/passes/context.h"
+#include "nsa/passes/engine_memory.h"
 #include "nsa/passes/forward.h"
 #include "nsa/passes/inputs.h"
 #include "nsa/passes/saved_forward.h"
@@ -47,12 +48,20 @@ class EngineImpl final : public Engine {
     return absl::OkStatus();
   }
 
+  int64_t SavedForwardBytes(const SaveOptions& options) const override {
+    return context_->options.has_backward ? SavedForwardImpl::NumBytes(*context_, options) : 0;
+  }
+
   absl::StatusOr<std::unique_ptr<SavedForward>> CreateSavedForward(
       const SaveOptions& options) override {
     PassContext& context = *context_;
     absl::StatusOr<std::unique_ptr<SavedForwardImpl>> saved =
         absl::FailedPreconditionError("CreateSavedForward: the engine has no backward");
     if (context.options.has_backward) saved = SavedForwardImpl::Create(context, options);
+    if (options.memory != nullptr) {
+      if (!saved.ok()) return saved.status();
+      return std::unique_ptr<SavedForward>(*std::move(saved));
+    }
     NSA_RETURN_IF_ERROR(Agree(*context.communicator, saved.status(),
                               {{"keep_summaries", options.keep_summaries ? "true" : "false"},
                                {"keep_blocks", options.keep_blocks ? "true" : "false"}}));
@@ -80,8 +89,12 @@ class EngineImpl final : public Engine {
   absl::StatusOr<RankStats> LastStats() override {
     PassContext& context = *context_;
     RankStats stats = context.stats;
-    void* const beside = context.beside->get();
-    NSA_RETURN_IF_ERROR(context.kernels->WaitFor(*context.done, beside));
+    if (!HasLastCall()) {
+      return absl::FailedPreconditionError(
+          "LastStats: needs a call of this engine that no call of another in its memory followed");
+    }
+    void* const beside = context.beside();
+    NSA_RETURN_IF_ERROR(context.kernels->WaitFor(*context.plan_memory.done, beside));
     NSA_RETURN_IF_ERROR(context.kernels->Synchronize(beside));
     NSA_RETURN_IF_ERROR(context.stages.Read(stats));
     const bool has_counters = context.rank_plan.num_remote_slc_blocks > 0 &&
@@ -126,6 +139,8 @@ class EngineImpl final : public Engine {
     return {.summaries = context_->summaries, .records = context_->records->data()};
   }
 
+  std::shared_ptr<EngineMemory> memory() const { return context_->memory; }
+
   const ShardPlan& shard_plan() const override { return context_->plan; }
   const BlockMap& block_map() const override { return context_->blocks; }
 
@@ -134,16 +149,30 @@ class EngineImpl final : public Engine {
     return nsa::AbortOnError(*context_->communicator, std::move(status));
   }
 
-  // Calls share the workspace. A graph's owner keeps it in order with other calls.
+  // Whether the memory of calls still holds what the last one left there.
+  bool HasLastCall() const {
+    const CallMemory* const used = context_->call_memory;
+    return used != nullptr && (context_->memory->last_caller == this ||
+                               (!captured_.empty() && captured_.back().get() == used));
+  }
+
+  // Calls share their memory. A graph's owner keeps it in order with other calls.
   template <typename Run>
   absl::Status RunInOrder(void* stream, Run run) {
     PassContext& context = *context_;
     const absl::StatusOr<bool> capturing = context.kernels->IsCapturing(stream);
     if (!capturing.ok()) return capturing.status();
-    if (*capturing) return run();
-    NSA_RETURN_IF_ERROR(context.kernels->WaitFor(*context.done, stream));
+    EngineMemory& memory = *context.memory;
+    if (*capturing) {
+      if (captured_.empty() || captured_.back() != memory.call_memory()) {
+        captured_.push_back(memory.call_memory());
+      }
+      return run();
+    }
+    NSA_RETURN_IF_ERROR(context.kernels->WaitFor(*memory.done, stream));
     NSA_RETURN_IF_ERROR(run());
-    return context.kernels->Record(*context.done, stream);
+    NSA_RETURN_IF_ERROR(context.kernels->Record(*context.plan_memory.done, stream));
+    return context.kernels->Record(*memory.done, stream);
   }
 
   // `agreed`: the fields of the last call of this kind whose arguments were compared.
@@ -181,12 +210,19 @@ class EngineImpl final : public Engine {
 
   void Begin(const ForwardInputs& inputs, double attention_flops, const SavedForwardImpl* saved) {
     PassContext& context = *context_;
+    // Which another engine may have made larger since the last call.
+    context.call_memory = context.memory->call_memory().get();
+    context.records = context.call_memory->records.get();
+    context.slot_gradients =
+        context.HasSlotGradients() ? context.call_memory->slot_gradients.get() : nullptr;
+    context.memory->last_caller = this;
     context.summaries = saved != nullptr && saved->summaries() != nullptr
                             ? saved->summaries()
                             : context.Buffer<char>(kSummariesBuffer);
     const bool keeps_blocks = saved != nullptr && saved->slots() != nullptr;
-    context.locations =
-        keeps_blocks ? saved->locations() : context.Buffer<int32_t>(kLocationsBuffer);
+    context.locations = keeps_blocks && context.rank_plan.num_remote_slc_blocks > 0
+                            ? saved->locations()
+                            : context.Buffer<int32_t>(kLocationsBuffer);
     context.kept_slots = keeps_blocks ? saved->slots() : nullptr;
     RankStats& stats = context.stats;
     stats.Clear();
@@ -196,7 +232,7 @@ class EngineImpl final : public Engine {
       stats.add_block_bytes_from_rank(0);
     }
     const WorkspaceLayout& layout = context.layout;
-    stats.set_workspace_bytes(layout.total_bytes + layout.window_bytes +
+    stats.set_workspace_bytes(layout.total_bytes() + layout.window_bytes +
                               layout.slot_gradients_bytes);
     stats.set_window_bytes(layout.window_bytes);
     stats.set_fetch_slot_bytes(layout.num_bytes[kSlotsBuffer]);
@@ -207,6 +243,7 @@ class EngineImpl final : public Engine {
   }
 
   std::unique_ptr<PassContext> context_;
+  std::vector<std::shared_ptr<CallMemory>> captured_;  // what graphs of this engine's calls use
   FieldList agreed_forward_, agreed_backward_;
   bool was_backward_ = false;  // the last call
 };
@@ -240,19 +277,6 @@ FieldList FieldsToAgreeOn(const EngineOptions& options, const ShardPlan& plan) {
   FieldList plan_fields = plan.Fields();
   fields.insert(fields.end(), plan_fields.begin(), plan_fields.end());
   return fields;
-}
-
-absl::Status PrepareStreams(PassContext& context) {
-  absl::StatusOr<std::unique_ptr<kernels::Stream>> beside = context.kernels->CreateStream();
-  if (!beside.ok()) return beside.status();
-  context.beside = *std::move(beside);
-  for (std::unique_ptr<kernels::Event>* event : {&context.forked, &context.joined, &context.done}) {
-    absl::StatusOr<std::unique_ptr<kernels::Event>> made =
-        context.kernels->CreateEvent(kernels::EventUse::kOrder);
-    if (!made.ok()) return made.status();
-    *event = *std::move(made);
-  }
-  return absl::OkStatus();
 }
 
 void PlanLocally(PassContext& context) {
@@ -316,7 +340,7 @@ KernelBytes KernelBytesOf(const PassContext& context, const BackwardRoom& backwa
   return bytes;
 }
 
-// Takes memory; needs no other rank.
+// Takes the plan's memory and fills it; needs no other rank.
 absl::Status PrepareLocally(PassContext& context, const BackwardRoom& backward) {
   absl::StatusOr<WorkspaceLayout> layout = MakeWorkspaceLayout(
       context.dims, context.rank_plan, context.blocks,
@@ -324,40 +348,47 @@ absl::Status PrepareLocally(PassContext& context, const BackwardRoom& backward) 
       context.options.fetch_budget_bytes, backward);
   if (!layout.ok()) return layout.status();
   context.layout = *layout;
-  absl::StatusOr<std::unique_ptr<kernels::Memory>> workspace =
-      context.kernels->Allocate(context.layout.total_bytes);
-  if (!workspace.ok()) return workspace.status();
-  context.workspace = *std::move(workspace);
-  NSA_RETURN_IF_ERROR(context.kernels->CopyFromHost(
-      context.Buffer(kTablesBuffer), context.tables.bytes.data(),
-      static_cast<int64_t>(context.tables.bytes.size()), /*stream=*/nullptr));
-  NSA_RETURN_IF_ERROR(WriteOwnLocations(context, context.Buffer<int32_t>(kLocationsBuffer)));
-  return PrepareStreams(context);
+  EngineMemory& memory = *context.memory;
+  NSA_RETURN_IF_ERROR(memory.PrepareStreams());
+  absl::StatusOr<PlanMemory> taken = memory.TakePlanMemory(context.layout.plan_bytes);
+  if (!taken.ok()) return taken.status();
+  context.plan_memory = *std::move(taken);
+  void* const stream = memory.uploads->get();
+  NSA_RETURN_IF_ERROR(context.kernels->WaitFor(*context.plan_memory.done, stream));
+  NSA_RETURN_IF_ERROR(
+      context.kernels->CopyFromHost(context.Buffer(kTablesBuffer), context.tables.bytes.data(),
+                                    static_cast<int64_t>(context.tables.bytes.size()), stream));
+  return WriteOwnLocations(context, context.Buffer<int32_t>(kLocationsBuffer), stream);
 }
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(
     const EngineOptions& options, ShardPlan plan, std::shared_ptr<comm::Communicator> communicator,
-    std::shared_ptr<kernels::Kernels> kernels) {
-  NSA_RETURN_IF_ERROR(Agree(*communicator, CheckOptions(options, plan, *communicator, *kernels),
-                            FieldsToAgreeOn(options, plan)));
+    std::shared_ptr<kernels::Kernels> kernels, const Engine* memory_of) {
+  std::shared_ptr<EngineMemory> memory;
+  if (memory_of != nullptr) memory = static_cast<const EngineImpl*>(memory_of)->memory();
+  absl::Status mine = CheckOptions(options, plan, *communicator, *kernels);
+  if (mine.ok() && memory != nullptr &&
+      (memory->communicator() != communicator.get() || memory->kernels() != kernels.get())) {
+    mine = absl::InvalidArgumentError(
+        "memory_of: must be an engine of the same communicator and kernels");
+  }
+  FieldList fields = FieldsToAgreeOn(options, plan);
+  fields.emplace_back("memory_of", absl::StrCat(memory == nullptr ? 0 : memory->id()));
+  NSA_RETURN_IF_ERROR(Agree(*communicator, mine, fields));
+  if (memory == nullptr) memory = std::make_shared<EngineMemory>(communicator, kernels);
   auto context = std::make_unique<PassContext>(options, std::move(plan), std::move(communicator),
-                                               std::move(kernels));
+                                               std::move(kernels), std::move(memory));
   PlanLocally(*context);
   const absl::StatusOr<BackwardRoom> backward = AgreeOnBackward(*context);
   NSA_RETURN_IF_ERROR(backward.status());
   NSA_RETURN_IF_ERROR(Agree(*context->communicator, PrepareLocally(*context, *backward), {}));
-  absl::StatusOr<std::unique_ptr<comm::Window>> records =
-      context->communicator->CreateWindow(context->layout.window_bytes);
-  if (!records.ok()) return records.status();
-  context->records = *std::move(records);
-  if (options.has_backward && context->plan.num_ranks() > 1) {
-    absl::StatusOr<std::unique_ptr<comm::Window>> gradients =
-        context->communicator->CreateWindow(context->layout.slot_gradients_bytes);
-    if (!gradients.ok()) return gradients.status();
-    context->slot_gradients = *std::move(gradients);
-  }
+  const WorkspaceLayout& layout = context->layout;
+  NSA_RETURN_IF_ERROR(context->memory->Reserve(
+      {.workspace = layout.call_bytes,
+       .records = layout.window_bytes,
+       .slot_gradients = context->HasSlotGradients() ? layout.slot_gradients_bytes : -1}));
   return std::make_unique<EngineImpl>(std::move(context));
 }
 

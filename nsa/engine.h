@@ -104,11 +104,16 @@ struct SaveOptions {
   // The remote blocks that the forward fetches, else Backward fetches them again: memory for all
   // that are visible to this rank's queries.
   bool keep_blocks = false;
+  // The caller's: Engine::SavedForwardBytes of the kernels' device, 64-byte aligned, for as long as
+  // the SavedForward. Null: memory of its own.
+  void* memory = nullptr;
+  // `memory` holds, also as a copy, what a Forward of this engine left in another SavedForward.
+  bool is_filled = false;
 };
 
 // What a Forward leaves for its Backward: the branches' outputs and LSEs, the block indices and
-// what SaveOptions keeps. In memory of its own, so that any number of forwards may wait for their
-// backwards, as pipeline parallelism needs; may be used again. Must not outlive its engine.
+// what SaveOptions keeps. Any number of forwards may wait for their backwards, as pipeline
+// parallelism needs; may be used again. Must not outlive its engine.
 class SavedForward {
  public:
   virtual ~SavedForward() = default;
@@ -147,7 +152,7 @@ struct Gradients {
   }
 };
 
-// What a Forward leaves in the engine's memory, until the engine's next call: what a cache takes
+// What a Forward leaves in the engine's memory, until the next call in it: what a cache takes
 // over (nsa/serving/kv_cache.h).
 struct ForwardBlocks {
   // [N,Hkv*(Dk+Dv)] of the whole sequence: kc [Hkv,Dk] and then vc [Hkv,Dv] in each row.
@@ -160,11 +165,16 @@ class Engine {
  public:
   // Collective. Takes all memory that later calls use. Engines whose calls may run at the same time
   // on a device need a communicator each.
+  // `memory_of`: an engine of the same communicator and kernels, whose calls' memory this one uses
+  // as well, of any config and plan; takes more only if it needs more. For plans that change, as
+  // those of packed documents do from step to step. Each lives as long as it likes. Their calls run
+  // in the order they are made in, and none beside the launch of a graph of another's.
   // InvalidArgument on every rank, naming rank, field, value and rule, when any rank's options are
   // invalid or differ from another's; ResourceExhausted on every rank when one lacks the memory.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(
       const EngineOptions& options, ShardPlan plan,
-      std::shared_ptr<comm::Communicator> communicator, std::shared_ptr<kernels::Kernels> kernels);
+      std::shared_ptr<comm::Communicator> communicator, std::shared_ptr<kernels::Kernels> kernels,
+      const Engine* memory_of = nullptr);
   virtual ~Engine() = default;
 
   // Collective. InvalidArgument on every rank when any rank's tensors are wrong; the engine stays
@@ -180,8 +190,10 @@ class Engine {
   virtual absl::Status Forward(const ForwardInputs& inputs, const ForwardOutputs& outputs,
                                void* stream = nullptr, SavedForward* saved = nullptr) = 0;
 
-  // Collective. FailedPrecondition without EngineOptions::has_backward; ResourceExhausted on every
-  // rank when one lacks the memory.
+  // Of this rank, with these options; 0 without EngineOptions::has_backward.
+  virtual int64_t SavedForwardBytes(const SaveOptions& options = {}) const = 0;
+  // Collective unless the caller gives the memory. FailedPrecondition without
+  // EngineOptions::has_backward; ResourceExhausted on every rank when one lacks the memory.
   virtual absl::StatusOr<std::unique_ptr<SavedForward>> CreateSavedForward(
       const SaveOptions& options = {}) = 0;
 
@@ -194,7 +206,8 @@ class Engine {
                                 void* stream = nullptr) = 0;
 
   // What the last call of this rank, or the last launch of a graph of it, moved and took. Waits
-  // for its end (a graph's: its owner does).
+  // for its end (a graph's: its owner does). FailedPrecondition before the first call, and when
+  // another engine was called in the same memory since.
   virtual absl::StatusOr<RankStats> LastStats() = 0;
   // Collective: the same of all ranks, block_bytes_sent filled in.
   virtual absl::StatusOr<ForwardStats> GatherStats() = 0;

@@ -49,6 +49,8 @@ struct Rank : Arguments {
   std::string sharding = "contiguous";
   std::shared_ptr<comm::Communicator> communicator;
   std::shared_ptr<kernels::Kernels> kernels;
+  int64_t num_tokens = kTokens;
+  const Engine* memory_of = nullptr;
   absl::Status create_status;
   std::unique_ptr<Engine> engine;
   // Behind the arguments: dense, of the right shapes, once the engine exists.
@@ -58,8 +60,8 @@ struct Rank : Arguments {
   std::unique_ptr<SavedForward> own_saved;
 
   void Create() {
-    auto plan = ShardPlan::Parse(sharding, kTokens, kRanks);
-    auto created = Engine::Create(options, *plan, communicator, kernels);
+    auto plan = ShardPlan::Parse(sharding, num_tokens, kRanks);
+    auto created = Engine::Create(options, *plan, communicator, kernels, memory_of);
     create_status = created.status();
     if (!created.ok()) return;
     engine = *std::move(created);

@@ -28,7 +28,18 @@ absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const nsa_engine_options& opt
   engine.max_hidden_width = options.max_hidden_width;
   engine.time_stages = options.time_stages != 0;
   if (!reader.status().ok()) return reader.status();
-  return Engine::Create(engine, plan.plan, group.communicator, group.kernels);
+  return Engine::Create(engine, plan.plan, group.communicator, group.kernels,
+                        options.memory_of == nullptr ? nullptr : options.memory_of->engine.get());
+}
+
+absl::StatusOr<SaveOptions> ToSaveOptions(const nsa_save_options* options) {
+  if (options == nullptr) return SaveOptions();
+  const absl::StatusOr<nsa_save_options> read = ReadStruct("options", options);
+  if (!read.ok()) return read.status();
+  return SaveOptions{.keep_summaries = read->drop_summaries == 0,
+                     .keep_blocks = read->keep_blocks != 0,
+                     .memory = read->memory,
+                     .is_filled = read->is_filled != 0};
 }
 
 // These, too, leave what they read empty after an error.
@@ -108,18 +119,24 @@ nsa_status nsa_engine_create(const nsa_engine_options* options, const nsa_config
 
 void nsa_engine_destroy(nsa_engine* engine) { delete engine; }
 
+nsa_status nsa_engine_saved_bytes(const nsa_engine* engine, const nsa_save_options* options,
+                                  int64_t* num_bytes) {
+  return Run([&]() -> absl::Status {
+    if (absl::Status s = CheckSet("engine", engine, "num_bytes", num_bytes); !s.ok()) return s;
+    const absl::StatusOr<nsa::SaveOptions> read = nsa::c_api::ToSaveOptions(options);
+    if (!read.ok()) return read.status();
+    *num_bytes = engine->engine->SavedForwardBytes(*read);
+    return absl::OkStatus();
+  });
+}
+
 nsa_status nsa_saved_forward_create(nsa_engine* engine, const nsa_save_options* options,
                                     nsa_saved_forward** saved) {
   return Run([&]() -> absl::Status {
     if (absl::Status s = CheckSet("engine", engine, "saved", saved); !s.ok()) return s;
-    nsa_save_options read = {};
-    if (options != nullptr) {
-      const auto given = ReadStruct("options", options);
-      if (!given.ok()) return given.status();
-      read = *given;
-    }
-    auto made = engine->engine->CreateSavedForward(
-        {.keep_summaries = read.drop_summaries == 0, .keep_blocks = read.keep_blocks != 0});
+    const absl::StatusOr<nsa::SaveOptions> read = nsa::c_api::ToSaveOptions(options);
+    if (!read.ok()) return read.status();
+    auto made = engine->engine->CreateSavedForward(*read);
     if (!made.ok()) return made.status();
     *saved = new nsa_saved_forward{engine->engine, *std::move(made)};
     return absl::OkStatus();

@@ -59,7 +59,7 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
   }
   NSA_RETURN_IF_ERROR(context.Fork(stream));
   if (recomputes_summaries) {
-    NSA_RETURN_IF_ERROR(AllGatherSummaries(context, context.beside->get()));
+    NSA_RETURN_IF_ERROR(AllGatherSummaries(context, context.beside()));
   }
   NSA_RETURN_IF_ERROR(PublishBlocks(context, slc_tokens, stream));
 
@@ -96,14 +96,14 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
     // 6. Distinct remote (block, kv head) pairs of the piece -> slots. An epoch of its own: no
     // other collective may come between a Gather and its Release where windows are read in packs.
     NSA_RETURN_IF_ERROR(context.Fork(stream));
-    if (num_pieces > 0) NSA_RETURN_IF_ERROR(PublishAgain(context, context.beside->get()));
+    if (num_pieces > 0) NSA_RETURN_IF_ERROR(PublishAgain(context, context.beside()));
     if (fetches) {
       NSA_RETURN_IF_ERROR(
-          FetchBlocks(context, piece, block_indices, 0, num_pieces, context.beside->get()));
+          FetchBlocks(context, piece, block_indices, 0, num_pieces, context.beside()));
     }
-    NSA_RETURN_IF_ERROR(context.records->Release(context.beside->get()));
+    NSA_RETURN_IF_ERROR(context.records->Release(context.beside()));
     if (returns) {
-      NSA_RETURN_IF_ERROR(AllGatherLocations(context, piece.kv_heads, context.beside->get()));
+      NSA_RETURN_IF_ERROR(AllGatherLocations(context, piece.kv_heads, context.beside()));
     }
 
     // 7'. Beside the fetch, the window: dq [T,G*h,Dk], dk, dv of the piece's heads of [T+H,Hkv,D]
@@ -159,7 +159,7 @@ absl::Status RunBackward(PassContext& context, const ForwardInputs& inputs, cons
       NSA_RETURN_IF_ERROR(context.slot_gradients->Publish(stream));
       NSA_RETURN_IF_ERROR(context.Fork(stream));
       NSA_RETURN_IF_ERROR(
-          ReturnSlotGradients(context, piece.kv_heads, num_pieces, context.beside->get()));
+          ReturnSlotGradients(context, piece.kv_heads, num_pieces, context.beside()));
     }
 
     // 4'. Beside it: dq, and d_summaries [N,Hkv*(Dk+Dv)] of this rank's queries

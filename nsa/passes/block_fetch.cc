@@ -21,7 +21,7 @@ kernels::BlockOwners OwnersOf(const PassContext& context) {
 
 }  // namespace
 
-absl::Status WriteOwnLocations(const PassContext& context, int32_t* table) {
+absl::Status WriteOwnLocations(const PassContext& context, int32_t* table, void* stream) {
   const BlockMap& blocks = context.blocks;
   std::vector<int32_t> locations;
   for (int32_t head = 0; head < context.dims.num_kv_heads; ++head) {
@@ -34,8 +34,8 @@ absl::Status WriteOwnLocations(const PassContext& context, int32_t* table) {
   }
   NSA_RETURN_IF_ERROR(context.kernels->CopyFromHost(
       context.LocationsIn(table), locations.data(),
-      static_cast<int64_t>(locations.size() * sizeof(int32_t)), /*stream=*/nullptr));
-  return context.kernels->Synchronize(/*stream=*/nullptr);
+      static_cast<int64_t>(locations.size() * sizeof(int32_t)), stream));
+  return context.kernels->Synchronize(stream);
 }
 
 absl::Status PublishBlocks(PassContext& context, const BranchTokens& tokens, void* stream) {

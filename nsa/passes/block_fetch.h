@@ -16,8 +16,8 @@ constexpr int32_t kSmsOfFetch = 16;
 
 // Where own blocks lie, in this rank's part of a table of locations; -1 for others. Planning a
 // fetch writes the same and the others' slots, but a rank that nothing remote is visible to never
-// does.
-absl::Status WriteOwnLocations(const PassContext& context, int32_t* table);
+// does. Waits for `stream`.
+absl::Status WriteOwnLocations(const PassContext& context, int32_t* table, void* stream);
 
 // Packs own blocks into the window of records and lets peers read them.
 absl::Status PublishBlocks(PassContext& context, const BranchTokens& tokens, void* stream);

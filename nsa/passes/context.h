@@ -1,5 +1,5 @@
-// What the steps of a pass share: the plan, the memory, the two backends, the engine's own stream
-// and this call's statistics.
+// What the steps of a pass share: the plan, the memory, the two backends and this call's
+// statistics.
 #ifndef NSA_PASSES_CONTEXT_H_
 #define NSA_PASSES_CONTEXT_H_
 
@@ -12,6 +12,7 @@
 #include "comm/communicator.h"
 #include "kernels/kernels.h"
 #include "nsa/engine.h"
+#include "nsa/passes/engine_memory.h"
 #include "nsa/passes/stages.h"
 #include "nsa/plan/cost.h"
 #include "nsa/plan/rank_plan.h"
@@ -25,12 +26,16 @@ namespace nsa {
 struct PassContext {
   PassContext(EngineOptions options, ShardPlan plan,
               std::shared_ptr<comm::Communicator> communicator,
-              std::shared_ptr<kernels::Kernels> kernels)
+              std::shared_ptr<kernels::Kernels> kernels, std::shared_ptr<EngineMemory> memory)
       : options(std::move(options)),
         plan(std::move(plan)),
         communicator(std::move(communicator)),
         kernels(std::move(kernels)),
+        memory(std::move(memory)),
         stages(*this->kernels, this->options.on_stage, this->options.time_stages) {}
+  ~PassContext() {
+    if (plan_memory.memory != nullptr) memory->ReturnPlanMemory(std::move(plan_memory));
+  }
 
   EngineOptions options;
   ShardPlan plan;
@@ -44,30 +49,34 @@ struct PassContext {
   std::vector<comm::GatherRun> summary_runs;  // who provides which rows of the summaries
   WorkspaceLayout layout;
   ForwardFlops attention_flops;
-  std::unique_ptr<kernels::Memory> workspace;
-  std::unique_ptr<comm::Window> records;  // [Hkv, own select blocks] records, readable by peers
-  std::unique_ptr<comm::Window> slot_gradients;  // of a piece's slots; null without a backward
+  std::shared_ptr<EngineMemory> memory;
+  PlanMemory plan_memory;  // the first buffers of the layout
   Stages stages;
   RankStats stats;  // but for what the device knows: see Engine::LastStats
 
-  // Of the call in progress: in the workspace, or kept in a SavedForward.
+  // Of the call in progress.
+  CallMemory* call_memory = nullptr;  // the other buffers of the layout
+  comm::Window* records = nullptr;
+  comm::Window* slot_gradients = nullptr;  // null without a backward, or on one rank
+  // In these memories, or kept in a SavedForward.
   char* summaries = nullptr;
   int32_t* locations = nullptr;  // [Hkv,B]; with a backward [P,Hkv,B]
   char* kept_slots = nullptr;    // [Hkv,remote blocks] records; null: not kept
 
-  // Work beside that of the caller's stream, from Fork to Join.
-  std::unique_ptr<kernels::Stream> beside;
-  std::unique_ptr<kernels::Event> forked, joined;
-  std::unique_ptr<kernels::Event> done;  // the last call that was not captured in a graph
+  // The same on all ranks.
+  bool HasSlotGradients() const { return options.has_backward && plan.num_ranks() > 1; }
 
+  // The stream of work beside that of the caller's, from Fork to Join.
+  void* beside() const { return memory->beside->get(); }
   // What is enqueued on `beside` from now on begins after what `stream` has by now.
-  absl::Status Fork(void* stream) { return Order(*forked, stream, beside->get()); }
+  absl::Status Fork(void* stream) { return Order(*memory->forked, stream, beside()); }
   // What is enqueued on `stream` from now on begins after what `beside` has by now.
-  absl::Status Join(void* stream) { return Order(*joined, beside->get(), stream); }
+  absl::Status Join(void* stream) { return Order(*memory->joined, beside(), stream); }
 
   template <typename T = void>
   T* Buffer(WorkspaceBuffer buffer, int64_t offset_bytes = 0) const {
-    return reinterpret_cast<T*>(static_cast<char*>(workspace->data()) + layout.offset[buffer] +
+    kernels::Memory& of = buffer < kFirstCallBuffer ? *plan_memory.memory : *call_memory->workspace;
+    return reinterpret_cast<T*>(static_cast<char*>(of.data()) + layout.offset[buffer] +
                                 offset_bytes);
   }
   // This rank's part of a table of locations, [Hkv,B].

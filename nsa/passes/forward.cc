@@ -41,7 +41,7 @@ absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
   // 3. Summaries of all ranks in global block order: kc [N,Hkv,Dk], vc [N,Hkv,Dv]. Beside it, for
   //    peers to read in step 6: l' tokens each -> records [Hkv, own blocks]
   NSA_RETURN_IF_ERROR(context.Fork(stream));
-  NSA_RETURN_IF_ERROR(AllGatherSummaries(context, context.beside->get()));
+  NSA_RETURN_IF_ERROR(AllGatherSummaries(context, context.beside()));
   NSA_RETURN_IF_ERROR(PublishBlocks(context, slc_tokens, stream));
   NSA_RETURN_IF_ERROR(context.Join(stream));
 
@@ -78,7 +78,7 @@ absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
     if (fetches) {
       NSA_RETURN_IF_ERROR(context.Fork(stream));
       NSA_RETURN_IF_ERROR(FetchBlocks(context, piece, block_indices, begin,
-                                      cuts_queries ? 0 : num_pieces, context.beside->get()));
+                                      cuts_queries ? 0 : num_pieces, context.beside()));
     }
 
     // Beside the first fetch: tokens (t - w, t] -> o_win [T,Hq,Dv]
@@ -95,7 +95,7 @@ absl::Status RunForward(PassContext& context, const ForwardInputs& inputs,
     }
     if (fetches && cuts_queries) {
       absl::StatusOr<int64_t> fetched =
-          ReadFetchCounters(context, 0, context.beside->get(), context.stats);
+          ReadFetchCounters(context, 0, context.beside(), context.stats);
       if (!fetched.ok()) return fetched.status();
       end = *fetched;
       if (end <= begin) {

@@ -1,4 +1,4 @@
-// What a forward leaves for its backward, in one piece of memory.
+// What a forward leaves for its backward, in one piece of memory: its own or the caller's.
 #ifndef NSA_PASSES_SAVED_FORWARD_H_
 #define NSA_PASSES_SAVED_FORWARD_H_
 
@@ -17,6 +17,8 @@ class SavedForwardImpl final : public SavedForward {
  public:
   static absl::StatusOr<std::unique_ptr<SavedForwardImpl>> Create(const PassContext& context,
                                                                   const SaveOptions& options);
+
+  static int64_t NumBytes(const PassContext& context, const SaveOptions& options);
 
   int64_t num_bytes() const override { return num_bytes_; }
   // The engine that made it.
@@ -41,7 +43,7 @@ class SavedForwardImpl final : public SavedForward {
   SavedForwardImpl() = default;
 
   const PassContext* owner_ = nullptr;
-  std::unique_ptr<kernels::Memory> memory_;
+  std::unique_ptr<kernels::Memory> memory_;  // null: the caller's
   int64_t num_bytes_ = 0;
   std::array<Tensor, 3> branch_outputs_;
   std::array<float*, 3> lse_ = {};

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 
@@ -115,6 +116,8 @@ const char* NameOf(WorkspaceBuffer buffer) {
   switch (buffer) {
     case kTablesBuffer:
       return "plan tables";
+    case kLocationsBuffer:
+      return "block locations";
     case kSummariesBuffer:
       return "summaries";
     case kHaloReceivedBuffer:
@@ -127,8 +130,6 @@ const char* NameOf(WorkspaceBuffer buffer) {
       return "block indices";
     case kScoreScratchBuffer:
       return "scoring scratch";
-    case kLocationsBuffer:
-      return "block locations";
     case kSlotPeersBuffer:
       return "fetch list: peers";
     case kSlotOffsetsBuffer:
@@ -270,11 +271,12 @@ absl::StatusOr<WorkspaceLayout> MakeWorkspaceLayout(const kernels::AttentionDims
   }
   int64_t end = 0, first_of_pass = 0;
   for (int i = 0; i < kNumWorkspaceBuffers; ++i) {
+    if (i == kFirstCallBuffer) layout.plan_bytes = std::exchange(end, 0);
     if (i == kFirstForwardBuffer) first_of_pass = end;
     if (i == kFirstBackwardBuffer) end = first_of_pass;
     layout.offset[i] = end;
     end += AlignUp(bytes[i]);
-    layout.total_bytes = std::max(layout.total_bytes, end);
+    layout.call_bytes = std::max(layout.call_bytes, end);
   }
   return layout;
 }

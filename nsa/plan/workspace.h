@@ -34,11 +34,14 @@ struct PlanTables {
 PlanTables MakePlanTables(const RankPlan& rank_plan, const BlockMap& blocks);
 
 enum WorkspaceBuffer : int {
-  kTablesBuffer,         // PlanTables::bytes
+  // What an engine keeps between its calls.
+  kTablesBuffer,     // PlanTables::bytes
+  kLocationsBuffer,  // [Hkv,B] int32; with a backward [P,Hkv,B], this rank's in its place
+
+  // Of a call.
   kSummariesBuffer,      // [N, Hkv*Dk + Hkv*Dv] activations' dtype: kc then vc in each row
   kHaloReceivedBuffer,   // halo rows of k and v, for every set of branches in use
   kHaloToSendBuffer,     // rows that other ranks need, packed
-  kLocationsBuffer,      // [Hkv,B] int32; with a backward [P,Hkv,B], this rank's in its place
   kSlotPeersBuffer,      // [capacity] int32
   kSlotOffsetsBuffer,    // [capacity] int64
   kFetchCountersBuffer,  // [pieces] FetchCounters, each followed by int64 slots_of_rank[P]
@@ -64,6 +67,7 @@ enum WorkspaceBuffer : int {
   kBackwardScratchBuffer,   // of the stage in progress
   kNumWorkspaceBuffers,
 };
+constexpr WorkspaceBuffer kFirstCallBuffer = kSummariesBuffer;
 constexpr WorkspaceBuffer kFirstForwardBuffer = kWindowOutputBuffer;
 constexpr WorkspaceBuffer kFirstBackwardBuffer = kGatesBuffer;
 constexpr int64_t kWeightsAtATime = 1 << 20;  // gradients that are summed over ranks in one step
@@ -111,9 +115,11 @@ int64_t MaxCompressorWeights(const kernels::AttentionDims& dims, Compressor comp
 const char* NameOf(WorkspaceBuffer buffer);
 
 struct WorkspaceLayout {
-  std::array<int64_t, kNumWorkspaceBuffers> offset = {};  // multiples of 256
+  std::array<int64_t, kNumWorkspaceBuffers> offset = {};  // multiples of 256; anew in each memory
   std::array<int64_t, kNumWorkspaceBuffers> num_bytes = {};
-  int64_t total_bytes = 0;
+  int64_t plan_bytes = 0;  // of the buffers before kFirstCallBuffer
+  int64_t call_bytes = 0;  // of those from there on
+  int64_t total_bytes() const { return plan_bytes + call_bytes; }
   int64_t record_bytes = 0;    // of one (select block, kv head)
   int64_t fetch_capacity = 0;  // slots
   // Of so many kv heads all remote blocks fit at a time. 0: not even of one; the queries are cut

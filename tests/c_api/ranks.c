@@ -158,10 +158,18 @@ static Results Compute(nsa_group* group, const nsa_plan* plan, const Sequence* a
   NSA_NEW(nsa_engine_options, options);
   options.dtype = NSA_BF16;
   options.has_backward = 1;
-  nsa_engine* engine = NULL;
+  nsa_engine *first = NULL, *engine = NULL;
+  CHECK_OK(nsa_engine_create(&options, &config, plan, group, &first));
+  /* In the memory of one that is gone. */
+  options.memory_of = first;
   CHECK_OK(nsa_engine_create(&options, &config, plan, group, &engine));
+  nsa_engine_destroy(first);
+  int64_t saved_bytes = 0;
+  CHECK_OK(nsa_engine_saved_bytes(engine, NULL, &saved_bytes));
+  NSA_NEW(nsa_save_options, save_options);
+  save_options.memory = NewDeviceMemory(saved_bytes);
   nsa_saved_forward* saved = NULL;
-  CHECK_OK(nsa_saved_forward_create(engine, NULL, &saved));
+  CHECK_OK(nsa_saved_forward_create(engine, &save_options, &saved));
 
   NSA_NEW(nsa_forward_inputs, inputs);
   inputs.q = Take(all->q, NSA_BF16, kHq, kDim, rows, num_rows);
@@ -175,6 +183,10 @@ static Results Compute(nsa_group* group, const nsa_plan* plan, const Sequence* a
   CheckWrongInputs(engine, inputs, &outputs, rank, size);
   CHECK_OK(nsa_engine_forward(engine, &inputs, &outputs, saved, NULL));
 
+  /* As another handle finds it there. */
+  nsa_saved_forward_destroy(saved);
+  save_options.is_filled = 1;
+  CHECK_OK(nsa_saved_forward_create(engine, &save_options, &saved));
   const nsa_tensor d_o = Take(all->d_o, NSA_BF16, kHq, kDim, rows, num_rows);
   NSA_NEW(nsa_gradients, gradients);
   gradients.dq = NewTensor(NSA_F32, num_rows, kHq);

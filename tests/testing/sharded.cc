@@ -200,7 +200,7 @@ absl::StatusOr<std::unique_ptr<RankForward>> RankForward::Create(
        .has_backward = options.has_backward,
        .max_hidden_width = options.has_backward ? problem.input_options.hidden_width : 0,
        .on_stage = options.on_stage},
-      plan, std::move(communicator), std::move(kernels));
+      plan, std::move(communicator), std::move(kernels), options.memory_of);
   if (!engine.ok()) return engine.status();
   forward->engine_ = *std::move(engine);
   absl::Status status = forward->Allocate(problem, options);

@@ -87,6 +87,7 @@ struct RunOptions {
   int num_forwards = 1;
   bool has_backward = false;
   std::function<void(absl::string_view stage)> on_stage = nullptr;
+  const Engine* memory_of = nullptr;  // of this rank
 };
 
 class LocalTensor;

@@ -171,8 +171,18 @@ absl::Status RunRankBackward(const Problem& problem, const Bytes& d_o, const Sha
   if (status.ok()) status = kernels->Synchronize(nullptr);
   if (status.ok()) status = (*forward)->CopyTo(outputs);
   if (!status.ok()) return status;
-  auto saved = engine.CreateSavedForward(
-      {.keep_summaries = run.keep_summaries, .keep_blocks = run.keep_blocks});
+  SaveOptions save_options = {.keep_summaries = run.keep_summaries, .keep_blocks = run.keep_blocks};
+  const int64_t saved_bytes = engine.SavedForwardBytes(save_options);
+  std::unique_ptr<kernels::Memory> original, copy;
+  if (run.copies_saved) {
+    for (std::unique_ptr<kernels::Memory>* memory : {&original, &copy}) {
+      auto made = kernels->Allocate(saved_bytes);
+      if (!made.ok()) return made.status();
+      *memory = *std::move(made);
+    }
+    save_options.memory = original->data();
+  }
+  auto saved = engine.CreateSavedForward(save_options);
   if (!saved.ok()) return saved.status();
   ForwardOutputs only_o;
   only_o.o = (*forward)->outputs().o;
@@ -190,6 +200,22 @@ absl::Status RunRankBackward(const Problem& problem, const Bytes& d_o, const Sha
     }
     if (status.ok()) status = kernels->Synchronize(nullptr);
     if (!status.ok()) return status;
+  }
+  if (run.between != nullptr) {
+    if (status = run.between(); !status.ok()) return status;
+  }
+  if (run.copies_saved) {
+    std::string bytes(saved_bytes, '\0');
+    status = kernels->CopyToHost(bytes.data(), original->data(), saved_bytes, nullptr);
+    if (status.ok()) status = kernels->Synchronize(nullptr);
+    original.reset();
+    if (status.ok())
+      status = kernels->CopyFromHost(copy->data(), bytes.data(), saved_bytes, nullptr);
+    if (!status.ok()) return status;
+    save_options.memory = copy->data();
+    save_options.is_filled = true;
+    saved = engine.CreateSavedForward(save_options);
+    if (!saved.ok()) return saved.status();
   }
   for (int i = 0; i < run.num_accumulated; ++i) {
     status = engine.Backward(inputs, local_d_o->view(), **saved, wanted);

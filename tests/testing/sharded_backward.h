@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -21,6 +22,9 @@ struct BackwardRun {
   int num_accumulated = 1;
   // Runs other forwards between the forward and its backward, and a second one that is saved too.
   bool other_forwards_between = false;
+  // The forward leaves what it saves in memory of the caller's, of which the backward gets a copy.
+  bool copies_saved = false;
+  std::function<absl::Status()> between = nullptr;  // of this rank: the forward and its backward
 };
 
 // Gradients of all ranks: those of activations in global token order, those of compressors rank by

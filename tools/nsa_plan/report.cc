@@ -29,7 +29,7 @@ struct RankCost {
   ForwardFlops flops;
   double dense_flops;
 
-  int64_t memory_bytes() const { return caller_bytes + layout.total_bytes + layout.window_bytes; }
+  int64_t memory_bytes() const { return caller_bytes + layout.total_bytes() + layout.window_bytes; }
   int64_t received_bytes() const {
     return bytes.halo_received + bytes.summaries_received + bytes.blocks_received_at_most;
   }
@@ -163,14 +163,14 @@ std::string MemorySection(const std::vector<RankCost>& costs) {
              return buffers(c, {kHaloReceivedBuffer, kHaloToSendBuffer});
            }},
           {"fetch slots", [&](const RankCost& c) { return buffers(c, {kSlotsBuffer}); }},
-          {"workspace in all", [](const RankCost& c) -> double { return c.layout.total_bytes; }},
+          {"workspace in all", [](const RankCost& c) -> double { return c.layout.total_bytes(); }},
           {"records window", [](const RankCost& c) -> double { return c.layout.window_bytes; }},
           {"together", [](const RankCost& c) -> double { return c.memory_bytes(); }},
       },
       {}, FormatBytes);
   const RankCost& largest =
       *std::max_element(costs.begin(), costs.end(), [](const RankCost& a, const RankCost& b) {
-        return a.layout.total_bytes < b.layout.total_bytes;
+        return a.layout.total_bytes() < b.layout.total_bytes();
       });
   absl::StrAppend(&text, "  workspace of rank ", largest.rank, ":\n");
   for (int i = 0; i < kNumWorkspaceBuffers; ++i) {
