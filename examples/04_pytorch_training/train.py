@@ -72,7 +72,7 @@ def start_ranks(device):
         dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     else:
         dist.init_process_group("gloo")
-    return nsa.Group.from_process_group(max_engines=1)  # memory of one length at a time
+    return nsa.Group.from_process_group()
 
 
 def schedule(arguments):

@@ -128,6 +128,7 @@ class EngineOptions(Struct):
         ("max_hidden_width", c_int64),
         ("agree_on_change_only", c_int32),
         ("time_stages", c_int32),
+        ("memory_of", c_void_p),
     ]
 
 
@@ -136,6 +137,8 @@ class SaveOptions(Struct):
         ("struct_size", c_size_t),
         ("drop_summaries", c_int32),
         ("keep_blocks", c_int32),
+        ("memory", c_void_p),
+        ("is_filled", c_int32),
     ]
 
 
@@ -241,6 +244,7 @@ _FUNCTIONS = {
     "nsa_plan_positions": (_P, c_int32, _P, _P, _P),
     "nsa_plan_text": (_P, _TEXT),
     "nsa_engine_create": (_P, _P, _P, _P, _HANDLE),
+    "nsa_engine_saved_bytes": (_P, _P, _INT64),
     "nsa_saved_forward_create": (_P, _P, _HANDLE),
     "nsa_saved_forward_num_bytes": (_P, _INT64),
     "nsa_engine_forward": (_P, _P, _P, _P, _P),

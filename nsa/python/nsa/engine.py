@@ -95,7 +95,6 @@ class SavedForward:
 
     def __init__(self, handle):
         self.handle = handle
-        self.uses = 0  # how many forwards have filled it
         weakref.finalize(self, lib.nsa_saved_forward_destroy, handle)
 
     @property
@@ -104,6 +103,16 @@ class SavedForward:
         count = ctypes.c_int64()
         check(lib.nsa_saved_forward_num_bytes(self.handle, ctypes.byref(count)))
         return count.value
+
+
+class _SavedIn:
+    """The same in memory of the caller's, for one call."""
+
+    def __init__(self, handle):
+        self.handle = handle
+
+    def __del__(self):
+        lib.nsa_saved_forward_destroy(self.handle)
 
 
 class Engine:
@@ -134,8 +143,9 @@ class Engine:
         keep_blocks: bool = False,
         agree_on_change_only: bool = False,
         time_stages: bool = False,
+        memory_of: "Engine | None" = None,
     ):
-        """Takes all memory that calls use, but for that of save().
+        """Takes all memory that calls use, but for what a forward leaves for its backward.
 
         Args:
             dtype: of q, k, v and o: torch's or numpy's, or "f32" (CPU only), "bf16", "f16".
@@ -149,6 +159,9 @@ class Engine:
                 this rank's have changed in more than their data. A call then does not wait for the
                 other hosts, and a mistake of one rank alone breaks the group.
             time_stages: measure when each stage ran, for stats().
+            memory_of: an engine of the same group, whose memory of calls this one uses as well,
+                taking more only if it needs more; no call of the one may run beside the launch of a
+                graph of the other's.
         """
         self.dtype = dtype_name(dtype)
         self.config = config
@@ -161,6 +174,7 @@ class Engine:
             max_hidden_width=max_hidden_width,
             agree_on_change_only=agree_on_change_only,
             time_stages=time_stages,
+            memory_of=memory_of and memory_of.handle,
         )
         self._save_options = _library.SaveOptions(
             drop_summaries=drop_summaries, keep_blocks=keep_blocks
@@ -175,9 +189,10 @@ class Engine:
         weakref.finalize(self, lib.nsa_engine_destroy, self.handle)
         self.number = next(_numbers)
         _engines[self.number] = self
-        # Of nsa.attention(): all that were made, and the places there of those not in use.
-        self.saved: list[SavedForward] = []
-        self.free: list[int] = []
+        count = ctypes.c_int64()
+        save_options = ctypes.byref(self._save_options)
+        check(lib.nsa_engine_saved_bytes(self.handle, save_options, ctypes.byref(count)))
+        self.saved_bytes = count.value  # what a forward leaves for its backward
         self._inputs = Structs(_library.ForwardInputs, _library.INPUTS, self.device_index)
         self._outputs = Structs(_library.ForwardOutputs, _library.OUTPUTS, self.device_index)
         self._d_o = Structs(_library.OneTensor, ("d_o",), self.device_index)
@@ -247,8 +262,6 @@ class Engine:
             self._forward(_library.ForwardInputs(), _library.ForwardOutputs(), saved)
             raise
         check(self._forward(inputs, outputs, saved))
-        if saved:
-            saved.uses += 1
 
     def _forward(self, inputs, outputs, saved) -> int:
         return lib.nsa_engine_forward(
@@ -331,20 +344,18 @@ class Engine:
 
     def save(self) -> SavedForward:
         """Collective: memory for one forward that waits for its backward."""
+        self._save_options.memory, self._save_options.is_filled = None, False
+        return SavedForward(self._create_saved())
+
+    def saved_in(self, memory: Tensor, is_filled: bool = False) -> _SavedIn:
+        """What a forward leaves, in `memory` of saved_bytes bytes, which may be a copy of what a
+        forward has filled."""
+        self._save_options.memory, self._save_options.is_filled = address(memory), is_filled
+        return _SavedIn(self._create_saved())
+
+    def _create_saved(self):
         options = ctypes.byref(self._save_options)
-        return SavedForward(_library.create(lib.nsa_saved_forward_create, self.handle, options))
-
-    def reserve(self, count: int) -> None:
-        """Collective: has memory for `count` forwards of nsa.attention() that wait for their
-        backwards. attention() itself makes it when more wait than ever before, but cannot where a
-        CUDA graph is captured; each forward that is captured keeps its memory for the graph."""
-        while len(self.free) < count:
-            self.free.append(len(self.saved))
-            self.saved.append(self.save())
-
-    def release(self, place: int) -> None:
-        """Of `saved`: its backward, if it comes at all, is over."""
-        self.free.append(place)
+        return _library.create(lib.nsa_saved_forward_create, self.handle, options)
 
     def stats(self) -> dict:
         """What this rank's last call moved and took (nsa/stats.proto, RankStats). Waits for its

@@ -43,7 +43,7 @@ class Group:
         timeout_seconds: float = 60.0,
         num_threads: int = 0,
         from_environment: bool = False,
-        max_engines: int = 4,
+        max_engines: int = 16,
     ):
         """
         Args:
@@ -147,16 +147,17 @@ class Group:
 
     def engine(self, config, plan, *, dtype, **options):
         """The Engine of these arguments (as of Engine), made by the first call and kept, so that
-        layers alike share one. Collective when it makes one. Of more than `max_engines` the one
-        not used for longest is let go."""
+        layers alike share one. Collective when it makes one. All share the memory of their calls.
+        Of more than `max_engines` the one not used for longest is let go."""
         from nsa.engine import Engine, dtype_name
 
         key = (config, plan, dtype_name(dtype), *sorted(options.items()))
         engine = self._engines.pop(key, None)
         if engine is None:
+            other = next(reversed(self._engines.values()), None)
+            engine = Engine(config, plan, self, dtype=dtype, memory_of=other, **options)
             while len(self._engines) >= self.max_engines:
                 del self._engines[next(iter(self._engines))]
-            engine = Engine(config, plan, self, dtype=dtype, **options)
         self._engines[key] = engine
         return engine
 

@@ -234,8 +234,8 @@ class CoreAttention(nn.Module):
             v: likewise, of Dv.
             gate: [T,Hq,3] or [B,T,Hq,3], after its sigmoid; None with gate_from_query.
             plan: how the sequence is dealt to the ranks, B*T tokens to this one; None: B documents
-                of P*T tokens, `sharding`. Plans that change make engines anew: of a group, the last
-                Group.max_engines are kept.
+                of P*T tokens, `sharding`. Plans that change make engines anew, which share their
+                memory: of a group, the last Group.max_engines are kept.
 
         Returns:
             o [T,Hq,Dv] or [B,T,Hq,Dv].

@@ -1,65 +1,39 @@
 """Differentiable attention for torch."""
 
 import functools
-import weakref
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 
 from nsa import _library
 from nsa.engine import Engine, engine_of_number, flatten
-
-# nsa::forward and nsa::backward have no side that shows: a forward leaves what its backward needs
-# in one of the engine's SavedForwards, and gives a ticket for it, a tensor [2] int64 of its place
-# and of how often it was used. The place is free again when the ticket is let go.
 
 _TENSORS = "Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor? k_slc, Tensor? v_slc, " + (
     "Tensor? k_win, Tensor? v_win, Tensor gate, "
     + ", ".join(f"Tensor? {name.replace('.', '_')}=None" for name in _library.INPUTS[8:])
 )
 _ops = torch.library.Library("nsa", "DEF")
-_ops.define(f"forward({_TENSORS}, *, int engine, bool save) -> (Tensor o, Tensor ticket)")
+_ops.define(f"forward({_TENSORS}, *, int engine, int saved_bytes) -> (Tensor o, Tensor saved)")
 _ops.define(
-    f"backward(Tensor d_o, Tensor ticket, {_TENSORS}, *, int engine, bool[] wanted, "
+    f"backward(Tensor d_o, Tensor saved, {_TENSORS}, *, int engine, bool[] wanted, "
     "bool sum_over_ranks) -> Tensor[]"
 )
 
 
-def _is_capturing(engine):
-    return engine.device_index >= 0 and torch.cuda.is_current_stream_capturing()
-
-
-def _forward(*tensors, engine, save):
-    engine = engine_of_number(engine)
-    q, v = tensors[0], tensors[2]
-    o = q.new_empty((*q.shape[:2], v.shape[-1]))
-    if not save:
-        engine.run_forward(tensors, o)
-        return o, torch.empty(0, dtype=torch.int64)
-    capturing = _is_capturing(engine)
-    if not engine.free:
-        if capturing:
-            raise RuntimeError(
-                "no memory for a forward that is captured and waits for its backward: run a step "
-                "before, or call engine.reserve()"
-            )
-        engine.reserve(1)
-    place = engine.free.pop()
-    saved = engine.saved[place]
-    ticket = np.array((place, saved.uses + 1))
-    if not capturing:  # else the graph will use it whenever it is launched
-        weakref.finalize(ticket, engine.release, place).atexit = False
-    engine.run_forward(tensors, o, saved)
-    return o, torch.from_numpy(ticket)
-
-
-def _fake_forward(*tensors, engine, save):
+def _fake_forward(*tensors, engine, saved_bytes):
+    """o, and room for what the forward leaves for its backward, none for a forward without."""
     q, v = tensors[0], tensors[2]
     return (
         q.new_empty((*q.shape[:2], v.shape[-1])),
-        torch.empty(2 if save else 0, dtype=torch.int64, device="cpu"),
+        q.new_empty(saved_bytes, dtype=torch.uint8),
     )
+
+
+def _forward(*tensors, engine, saved_bytes):
+    o, saved = outputs = _fake_forward(*tensors, engine=engine, saved_bytes=saved_bytes)
+    engine = engine_of_number(engine)
+    engine.run_forward(tensors, o, engine.saved_in(saved) if saved_bytes else None)
+    return outputs
 
 
 def _empty_gradients(tensors, wanted):
@@ -76,21 +50,15 @@ def _empty_gradients(tensors, wanted):
     ]
 
 
-def _backward(d_o, ticket, *tensors, engine, wanted, sum_over_ranks):
+def _backward(d_o, saved, *tensors, engine, wanted, sum_over_ranks):
     engine = engine_of_number(engine)
-    place, uses = ticket.tolist()
-    saved = engine.saved[place]
-    if saved.uses != uses:
-        raise RuntimeError(
-            "the memory of this backward's forward was used again: saved-tensor hooks must hand on "
-            "the tensors of nsa.attention() themselves, not copies"
-        )
+    saved = engine.saved_in(saved, is_filled=True)
     gradients = _empty_gradients(tensors, wanted)
     engine.run_backward(tensors, d_o, saved, gradients, sum_over_ranks=sum_over_ranks)
     return [gradient for gradient in gradients if gradient is not None]
 
 
-def _fake_backward(d_o, ticket, *tensors, engine, wanted, sum_over_ranks):
+def _fake_backward(d_o, saved, *tensors, engine, wanted, sum_over_ranks):
     return [gradient for gradient in _empty_gradients(tensors, wanted) if gradient is not None]
 
 
@@ -126,34 +94,45 @@ def _fake_positions(engine):
     return torch.empty(count, dtype=torch.int64, device=engine.device)
 
 
+# An argument of nsa::forward, so that graphs that torch keeps from one process to the next are for
+# engines that save as much. Given a text, which torch.compile makes a constant of.
+@torch.compiler.assume_constant_result
+def _saved_bytes(engine: str) -> int:
+    return engine_of_number(int(engine)).saved_bytes
+
+
 class _Attention(torch.autograd.Function):
     # Not registered with nsa::forward, which would take ten times as long (DESIGN.md).
 
     @staticmethod
-    def forward(ctx, engine, sum_over_ranks, *tensors):
-        o, ticket = torch.ops.nsa.forward.default(*tensors, engine=engine, save=True)
+    def forward(ctx, engine, saved_bytes, sum_over_ranks, *tensors):
+        o, saved = torch.ops.nsa.forward.default(
+            *tensors, engine=engine, saved_bytes=saved_bytes
+        )
         ctx.engine, ctx.sum_over_ranks = engine, sum_over_ranks
-        ctx.save_for_backward(ticket, *tensors)
+        # Its group may let it go before the backward.
+        ctx.kept = None if torch.compiler.is_compiling() else engine_of_number(engine)
+        ctx.save_for_backward(saved, *tensors)
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_o):
-        ticket, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
+        saved, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3:]
         if d_o.stride(-1) != 1:  # such as the gradient of a sum
             d_o = d_o.contiguous()
         given = iter(
             torch.ops.nsa.backward.default(
                 d_o,
-                ticket,
+                saved,
                 *tensors,
                 engine=ctx.engine,
                 wanted=wanted,
                 sum_over_ranks=ctx.sum_over_ranks,
             )
         )
-        return (None, None, *(next(given) if is_wanted else None for is_wanted in wanted))
+        return (None, None, None, *(next(given) if is_wanted else None for is_wanted in wanted))
 
 
 def attention(
@@ -193,5 +172,7 @@ def attention(
 def attention_of_number(engine: int, tensors, sum_over_ranks: bool) -> torch.Tensor:
     """attention() of what flatten() gives."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Attention.apply(engine, sum_over_ranks, *tensors)
-    return torch.ops.nsa.forward.default(*tensors, engine=engine, save=False)[0]
+        return _Attention.apply(
+            engine, _saved_bytes(f"{int(engine)}"), sum_over_ranks, *tensors
+        )
+    return torch.ops.nsa.forward.default(*tensors, engine=engine, saved_bytes=0)[0]

@@ -1,6 +1,5 @@
 """nsa.attention on one rank."""
 
-import gc
 
 import pytest
 
@@ -145,18 +144,11 @@ def test_many_forwards_wait_for_their_backwards():
         return nsa.attention(engine, *batch).square().sum()
 
     expected = [torch.autograd.grad(loss(batch), batch) for batch in batches]
-    assert len(engine.saved) == len(engine.free) == 1
     losses = [loss(batch) for batch in batches]
-    assert len(engine.saved) == 4 and not engine.free
     for batch, value, of in reversed(list(zip(batches, losses, expected))):
         gradients = torch.autograd.grad(value, batch, retain_graph=True)
         gradients = torch.autograd.grad(value, batch)
         assert all(map(torch.equal, gradients, of))
-    del losses, value
-    assert len(engine.free) == 4  # and those that get no backward are given back as well
-    loss(batches[0])
-    gc.collect()
-    assert len(engine.free) == 4
     # An engine that its group has let go of lives until then.
     value = loss(batches[0])
     group.close()
@@ -188,23 +180,21 @@ def test_activation_checkpointing(group, reentrant):
         return nsa.attention(engine, o.to(q.dtype), k, v, gate)
 
     expected = torch.autograd.grad(layers(*inputs).float().sum(), inputs)
-    count = len(engine.saved)
     o = checkpoint.checkpoint(layers, *inputs, use_reentrant=reentrant)
-    assert len(engine.free) == len(engine.saved) == count  # nothing waits
     o.float().sum().backward()
     assert all(map(torch.equal, (leaf.grad for leaf in inputs), expected))
 
 
-def test_copied_tickets_are_refused():
-    engine = make_engine(nsa.Group.local())
-    inputs = make_inputs(TOKENS)
-    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):
+def test_saved_tensors_may_be_copies(group):
+    """As those are that wait in another memory, such as torch.autograd.graph.save_on_cpu's."""
+    engine = make_engine(group)
+    inputs = make_inputs(TOKENS, device=group.device[:4])
+    other = make_inputs(TOKENS, seed=1, device=group.device[:4])
+    expected = torch.autograd.grad(nsa.attention(engine, *inputs).float().sum(), inputs)
+    with torch.autograd.graph.save_on_cpu():
         o = nsa.attention(engine, *inputs)
-    torch.autograd.grad(o.sum(), inputs, retain_graph=True)  # nobody else has used the memory
-    other = nsa.attention(engine, *inputs)
-    with pytest.raises(RuntimeError, match="used again"):
-        o.sum().backward()
-    other.sum().backward()
+    nsa.attention(engine, *other).float().sum().backward()
+    assert all(map(torch.equal, torch.autograd.grad(o.float().sum(), inputs), expected))
 
 
 def test_no_second_derivatives():
@@ -222,17 +212,19 @@ def test_operations_keep_their_promises(group):
     engine = make_engine(group)
     q, k, v, gate = (t.detach() for t in make_inputs(TOKENS, device=group.device[:4]))
     tensors = (q, k, v, None, None, None, None, gate)
-    # Two runs give two tickets, so that comparing them is not for "save".
+    # Not what is saved, which has gaps that differ from run to run.
     torch.library.opcheck(
         torch.ops.nsa.forward.default,
         tensors,
-        {"engine": engine.number, "save": False},
+        {"engine": engine.number, "saved_bytes": 0},
         test_utils=("test_schema", "test_faketensor"),
     )
-    o, ticket = torch.ops.nsa.forward(*tensors, engine=engine.number, save=True)
+    o, saved = torch.ops.nsa.forward(
+        *tensors, engine=engine.number, saved_bytes=engine.saved_bytes
+    )
     torch.library.opcheck(
         torch.ops.nsa.backward.default,
-        (o, ticket, *tensors),
+        (o, saved, *tensors),
         {
             "engine": engine.number,
             "wanted": [True, False, True, *[False] * 4, True],
@@ -260,7 +252,6 @@ def test_compile_without_graph_breaks(group, shared):
             assert relative_error(gradient, of) < TOLERANCE[engine_dtype(group)]
     with torch.no_grad():
         assert relative_error(compiled(*inputs), step(*inputs)) < 1e-5
-    assert len(engine.free) == len(engine.saved)
 
 
 def test_wrong_tensors_are_value_errors(group):

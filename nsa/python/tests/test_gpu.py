@@ -85,22 +85,40 @@ def test_forward_and_backward_as_graphs_of_their_own(group):
         assert torch.equal(parameter.grad, of.grad)
 
 
-def test_capture_without_memory_says_what_to_do():
+def test_captured_forwards_keep_what_they_leave():
+    """The graph's memory holds it, whatever runs between a launch and its backward's."""
+    engine = nsa.Engine(CONFIG, nsa.Plan(TOKENS), nsa.Group.local("cuda"), dtype=torch.bfloat16)
+    inputs, other = (make_inputs(TOKENS, CONFIG, "cuda", seed=seed) for seed in (0, 1))
+    expected = torch.autograd.grad(nsa.attention(engine, *inputs).float().sum(), inputs)
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward):
+        o = nsa.attention(engine, *inputs)
+    with torch.cuda.graph(backward, pool=forward.pool()):
+        gradients = torch.autograd.grad(o, inputs, torch.ones_like(o))
+    for _ in range(2):
+        forward.replay()
+        torch.autograd.grad(nsa.attention(engine, *other).float().sum(), other)
+        backward.replay()
+        assert all(map(torch.equal, gradients, expected))
+
+
+def test_engines_that_share_memory_and_a_graph():
+    """What a graph has captured stays, also when an engine that shares its memory needs more."""
     group = nsa.Group.local("cuda")
-    engine = nsa.Engine(CONFIG, nsa.Plan(TOKENS), group, dtype=torch.bfloat16)
-    inputs = make_inputs(TOKENS, CONFIG, "cuda")
-    with torch.no_grad():
-        nsa.attention(engine, *inputs)  # what a kernel's first launch does is not captured
-    with pytest.raises(RuntimeError, match="reserve"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            nsa.attention(engine, *inputs)
-    torch.cuda.synchronize()
-    engine.reserve(1)
+    inputs = [t.detach() for t in make_inputs(4 * TOKENS, CONFIG, "cuda")]
+    first = group.engine(CONFIG, nsa.Plan(TOKENS), dtype="bf16")
+    few = [t[:TOKENS] for t in inputs]
+    expected = nsa.attention(first, *few)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        o = nsa.attention(engine, *inputs)
-    graph.replay()
-    assert torch.equal(o, nsa.attention(engine, *inputs))
+        o = nsa.attention(first, *few)
+    second = group.engine(CONFIG, nsa.Plan(4 * TOKENS), dtype="bf16")
+    whole = nsa.attention(second, *inputs)
+    for _ in range(2):
+        o.zero_()
+        graph.replay()
+        assert torch.equal(nsa.attention(second, *inputs), whole)
+        assert torch.equal(o, expected) and torch.equal(nsa.attention(first, *few), expected)
 
 
 def test_current_stream(group):

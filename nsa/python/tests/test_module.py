@@ -182,6 +182,25 @@ def test_batches_are_documents(device):
         layer(x, plan=nsa.Plan(299))
 
 
+def test_plans_that_change(device):
+    """As those of packed documents do: engines share memory, and one that the group has let go of
+    serves the backwards that wait for it."""
+    group = nsa.Group.local(device, max_engines=2)
+    core = nsa.CoreAttention(CONFIG, group, gate_from_query=True, device=device)
+    steps = []
+    for seed, ends in enumerate([(0, 200), (0, 7, 8, 200), (0, 150, 200), (0, 60, 200, 333)]):
+        q, k, v, _ = make_inputs(ends[-1], CONFIG, device, seed=seed)
+        steps.append(((q, k, v), nsa.Plan(cu_seqlens=ends)))
+    waiting = [core(*inputs, plan=plan) for inputs, plan in steps]
+    for (inputs, plan), o in zip(steps, waiting):
+        alone = copy.deepcopy(core)
+        alone.group = nsa.Group.local(device)
+        expected = alone(*inputs, plan=plan)
+        assert torch.equal(o, expected)
+        gradients, of = (torch.autograd.grad(y.float().square().sum(), inputs) for y in (o, expected))
+        assert all(map(torch.equal, gradients, of))
+
+
 def test_state_dict_round_trip(device):
     layer, x = make_layer(device), make_x(device)
     for parameter in layer.parameters():
