@@ -136,7 +136,9 @@ class EngineImpl final : public Engine {
   }
 
   ForwardBlocks LastBlocks() const override {
-    return {.summaries = context_->summaries, .records = context_->records->data()};
+    if (!HasLastCall()) return {};
+    return {
+        .is_there = true, .summaries = context_->summaries, .records = context_->records->data()};
   }
 
   std::shared_ptr<EngineMemory> memory() const { return context_->memory; }

@@ -155,6 +155,7 @@ struct Gradients {
 // What a Forward leaves in the engine's memory, until the next call in it: what a cache takes
 // over (nsa/serving/kv_cache.h).
 struct ForwardBlocks {
+  bool is_there = false;  // nothing, when that call has come
   // [N,Hkv*(Dk+Dv)] of the whole sequence: kc [Hkv,Dk] and then vc [Hkv,Dv] in each row.
   const void* summaries = nullptr;
   // [Hkv,own select blocks] records of this rank, in the layout of Kernels::PackBlocks.

@@ -104,9 +104,8 @@ TEST_F(EngineMemoryTest, MustBeTheSameOnAllRanks) {
 
 TEST_F(EngineMemoryTest, MustBeOfTheSameKernels) {
   ranks_[1].kernels = std::make_shared<Counting>(ranks_[1].kernels);
-  ExpectCreateFails(
-      absl::StatusCode::kInvalidArgument,
-      "rank 1: memory_of: must be an engine of the same communicator and kernels");
+  ExpectCreateFails(absl::StatusCode::kInvalidArgument,
+                    "rank 1: memory_of: must be an engine of the same communicator and kernels");
 }
 
 TEST_F(EngineMemoryTest, LackOfMemoryLeavesTheOthersAsTheyWere) {

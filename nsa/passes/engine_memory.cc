@@ -16,8 +16,7 @@ namespace {
 
 bool Fits(const CallMemory::Bytes& needed, const CallMemory* has) {
   return has != nullptr && needed.workspace <= has->bytes.workspace &&
-         needed.records <= has->bytes.records &&
-         needed.slot_gradients <= has->bytes.slot_gradients;
+         needed.records <= has->bytes.records && needed.slot_gradients <= has->bytes.slot_gradients;
 }
 
 // With room for plans that need a little more, as the documents of the next batch may.

@@ -56,6 +56,10 @@ absl::Status KvCacheImpl::CheckForwardPart(const ForwardPart& part) const {
     return absl::InvalidArgumentError(
         absl::StrCat("document = ", part.document_index, ": must lie in [0, ", num_documents, ")"));
   }
+  if (!part.engine.LastBlocks().is_there) {
+    return absl::FailedPreconditionError(
+        "engine: its memory must hold its last forward still, and none of another engine's");
+  }
   const int64_t num_tokens = plan.TokensOfRank(rank());
   if (num_tokens == 0) return absl::OkStatus();
   NSA_RETURN_IF_ERROR(
@@ -150,80 +154,96 @@ absl::Status KvCacheImpl::CopyForwardSummaries(const ForwardPart& part) {
   return CopyNow(src, dst, summary_row_bytes_, part.stream);
 }
 
-// Collective: the tokens behind the blocks that stay, and those that the lists from 1 on keep, go
-// from their owners to the home, which writes them into its pages.
-absl::Status KvCacheImpl::AppendForwardTail(const ForwardPart& part) {
-  const ShardPlan& plan = part.engine.shard_plan();
-  const kernels::Document& document = part.document();
-  const int64_t first_slc = part.num_blocks * dims_.select_block_tokens;
-  const int64_t first_kept =
-      table_->num_lists() > 1 ? table_->FirstKeptToken(document.num_tokens) : first_slc;
-  const int64_t first = std::min(first_slc, first_kept);
-  const int64_t num_rows = document.num_tokens - first;
-  const bool is_home = part.home == rank();
-
-  // Runs of the tail on one rank; `mine` are rows of the caller's tensors.
+struct KvCacheImpl::ForwardTail {
+  // A run of it on one rank.
   struct Run {
     int32_t rank;
     int64_t tail_row, num_tokens;
   };
-  std::vector<Run> runs;
-  std::vector<kernels::Segment> mine;
-  int64_t num_mine = 0;
-  const int64_t begin = document.token_begin + first, end = begin + num_rows;
+
+  int64_t first = 0;                   // token of the document
+  int64_t first_slc = 0;               // that no block that stays holds
+  int64_t first_kept = 0;              // that the lists from 1 on keep
+  int64_t num_rows = 0;                // from `first` on
+  std::vector<Run> runs;               // in order
+  std::vector<kernels::Segment> mine;  // rows of the caller's tensors
+  int64_t num_mine = 0;                // rows of `mine`
+  int64_t stride_bytes = 0;  // of a tensor in `memory`: rows to send, then, at home, the tail's
+  std::unique_ptr<kernels::Memory> memory;  // of each tensor, then `mine`
+};
+
+// Takes its memory; needs no other rank.
+absl::StatusOr<KvCacheImpl::ForwardTail> KvCacheImpl::PrepareForwardTail(const ForwardPart& part,
+                                                                         size_t num_tensors) const {
+  const ShardPlan& plan = part.engine.shard_plan();
+  const kernels::Document& document = part.document();
+  ForwardTail tail;
+  tail.first_slc = part.num_blocks * dims_.select_block_tokens;
+  tail.first_kept =
+      table_->num_lists() > 1 ? table_->FirstKeptToken(document.num_tokens) : tail.first_slc;
+  tail.first = std::min(tail.first_slc, tail.first_kept);
+  tail.num_rows = document.num_tokens - tail.first;
+  const int64_t begin = document.token_begin + tail.first, end = begin + tail.num_rows;
   for (const Chunk& chunk : plan.chunks()) {
     const int64_t from = std::max(chunk.begin, begin), to = std::min(chunk.end(), end);
     if (from >= to) continue;
-    runs.push_back({chunk.rank, from - begin, to - from});
+    tail.runs.push_back({chunk.rank, from - begin, to - from});
     if (chunk.rank != rank()) continue;
-    mine.push_back({.row = plan.Locate(from).local,
-                    .num_tokens = to - from,
-                    .position = 0,
-                    .document = 0,
-                    .is_halo = 0});
-    num_mine += to - from;
+    tail.mine.push_back({.row = plan.Locate(from).local,
+                         .num_tokens = to - from,
+                         .position = 0,
+                         .document = 0,
+                         .is_halo = 0});
+    tail.num_mine += to - from;
   }
+  tail.stride_bytes = (tail.num_mine + tail.num_rows) * int64_t{dims_.num_kv_heads} *
+                      std::max(dims_.head_dim_qk, dims_.head_dim_v) * SizeOf(dims_.dtype);
+  absl::StatusOr<std::unique_ptr<kernels::Memory>> memory =
+      kernels_->Allocate(static_cast<int64_t>(num_tensors) * tail.stride_bytes +
+                         static_cast<int64_t>((tail.mine.size() + 1) * sizeof(tail.mine[0])));
+  if (!memory.ok()) return memory.status();
+  tail.memory = *std::move(memory);
+  return tail;
+}
 
-  std::vector<const ConstTensor*> tensors = {&part.inputs.k_slc, &part.inputs.v_slc};
-  if (!options_.shares_kv) {
-    tensors.insert(tensors.end(), {&part.inputs.k_win, &part.inputs.v_win, &part.inputs.k_cmp,
-                                   &part.inputs.v_cmp});
-  }
+std::vector<const ConstTensor*> KvCacheImpl::TailTensors(const ForwardInputs& inputs) const {
+  if (options_.shares_kv) return {&inputs.k_slc, &inputs.v_slc};
+  return {&inputs.k_slc, &inputs.v_slc, &inputs.k_win, &inputs.v_win, &inputs.k_cmp, &inputs.v_cmp};
+}
+
+// Collective: the tail goes from its owners to the home, which writes it into its pages.
+absl::Status KvCacheImpl::AppendForwardTail(const ForwardPart& part, const ForwardTail& tail) {
+  const std::vector<const ConstTensor*> tensors = TailTensors(part.inputs);
+  const bool is_home = part.home == rank();
   const int64_t esize = SizeOf(dims_.dtype);
   const auto row_elements = [&](size_t tensor) {
     return int64_t{dims_.num_kv_heads} * (tensor % 2 == 0 ? dims_.head_dim_qk : dims_.head_dim_v);
   };
-  // Per tensor: rows to send, then, at home, the tail's.
-  const int64_t stride_bytes = (num_mine + num_rows) * int64_t{dims_.num_kv_heads} *
-                               std::max(dims_.head_dim_qk, dims_.head_dim_v) * esize;
-  const int64_t segments_bytes = (static_cast<int64_t>(mine.size()) + 1) * sizeof(mine[0]);
-  const int64_t tensors_bytes = static_cast<int64_t>(tensors.size()) * stride_bytes;
-  auto memory = kernels_->Allocate(tensors_bytes + segments_bytes);
-  // All or none go on to the exchange.
-  NSA_RETURN_IF_ERROR(Agree(*communicator_, memory.status(), {}));
-  char* const base = static_cast<char*>((*memory)->data());
-  auto* const segments = reinterpret_cast<kernels::Segment*>(base + tensors_bytes);
+  char* const base = static_cast<char*>(tail.memory->data());
+  auto* const segments = reinterpret_cast<kernels::Segment*>(
+      base + static_cast<int64_t>(tensors.size()) * tail.stride_bytes);
   NSA_RETURN_IF_ERROR(kernels_->CopyFromHost(
-      segments, mine.data(), static_cast<int64_t>(mine.size() * sizeof(mine[0])), part.stream));
+      segments, tail.mine.data(), static_cast<int64_t>(tail.mine.size() * sizeof(tail.mine[0])),
+      part.stream));
 
   std::vector<comm::SendOp> sends;
   std::vector<comm::RecvOp> recvs;
   std::array<char*, 6> tails = {};
   for (size_t i = 0; i < tensors.size(); ++i) {
-    char* next = base + i * stride_bytes;
-    tails[i] = next + num_mine * row_elements(i) * esize;
-    if (num_mine > 0) {
+    char* next = base + i * tail.stride_bytes;
+    tails[i] = next + tail.num_mine * row_elements(i) * esize;
+    if (tail.num_mine > 0) {
       NSA_RETURN_IF_ERROR(
           kernels_->CopyRows({.dtype = dims_.dtype,
                               .num_heads = dims_.num_kv_heads,
                               .head_dim = i % 2 == 0 ? dims_.head_dim_qk : dims_.head_dim_v,
                               .src = View(*tensors[i]),
                               .segments = segments,
-                              .num_segments = static_cast<int32_t>(mine.size()),
+                              .num_segments = static_cast<int32_t>(tail.mine.size()),
                               .dst = next},
                              part.stream));
     }
-    for (const Run& run : runs) {
+    for (const ForwardTail::Run& run : tail.runs) {
       const int64_t num_bytes = run.num_tokens * row_elements(i) * esize;
       if (run.rank == rank()) {
         sends.push_back({part.home, next, num_bytes});
@@ -238,20 +258,21 @@ absl::Status KvCacheImpl::AppendForwardTail(const ForwardPart& part) {
   if (!is_home) return kernels_->Synchronize(part.stream);
 
   const int32_t slot = (*table_->Find(part.sequence))->slot;
+  const int64_t num_tokens = part.document().num_tokens;
   const auto rows_from = [&](size_t tensor, int64_t row) -> kernels::ConstTensor3 {
     return {tails[tensor] + row * row_elements(tensor) * esize, row_elements(tensor),
             tensor % 2 == 0 ? dims_.head_dim_qk : dims_.head_dim_v};
   };
   const auto append = [&](int64_t from, bool to_slc) -> absl::Status {
-    for (int64_t at = from; at < document.num_tokens; at += kMaxExtendTokens) {
-      const int64_t count = std::min(kMaxExtendTokens, document.num_tokens - at);
+    for (int64_t at = from; at < num_tokens; at += kMaxExtendTokens) {
+      const int64_t count = std::min(kMaxExtendTokens, num_tokens - at);
       std::vector<kernels::DecodeRow> rows;
       for (int64_t i = 0; i < count; ++i) rows.push_back({slot, at + i});
       NSA_RETURN_IF_ERROR(UploadRows(rows, part.stream));
       kernels::AppendTokensParams params = AppendParams(count);
       params.compresses = false;
       const auto tokens = [&](size_t k) -> kernels::NewTokens {
-        return {rows_from(k, at - first), rows_from(k + 1, at - first)};
+        return {rows_from(k, at - tail.first), rows_from(k + 1, at - tail.first)};
       };
       if (to_slc) {
         params.slc = tokens(0);
@@ -263,8 +284,8 @@ absl::Status KvCacheImpl::AppendForwardTail(const ForwardPart& part) {
     }
     return absl::OkStatus();
   };
-  NSA_RETURN_IF_ERROR(append(first_slc, /*to_slc=*/true));
-  if (table_->num_lists() > 1) NSA_RETURN_IF_ERROR(append(first_kept, /*to_slc=*/false));
+  NSA_RETURN_IF_ERROR(append(tail.first_slc, /*to_slc=*/true));
+  if (table_->num_lists() > 1) NSA_RETURN_IF_ERROR(append(tail.first_kept, /*to_slc=*/false));
   return kernels_->Synchronize(part.stream);
 }
 
@@ -302,9 +323,11 @@ absl::Status KvCacheImpl::AppendForward(int home, SequenceId sequence, Engine& e
       NSA_RETURN_IF_ERROR(window_->Publish(stream));
       NSA_RETURN_IF_ERROR(window_->Release(stream));
     }
+    const absl::StatusOr<ForwardTail> tail =
+        PrepareForwardTail(part, TailTensors(part.inputs).size());
     // Also: nothing of it is read before everyone has written.
-    NSA_RETURN_IF_ERROR(Agree(*communicator_, copied, {}));
-    return AppendForwardTail(part);
+    NSA_RETURN_IF_ERROR(Agree(*communicator_, copied.ok() ? tail.status() : copied, {}));
+    return AbortOnError(*communicator_, AppendForwardTail(part, *tail));
   };
   status = RunInOrder(stream, run);
   if (!status.ok() && has_pages) table_->Truncate(sequence, 0).IgnoreError();

@@ -163,7 +163,10 @@ class KvCacheImpl final : public KvCache {
   absl::StatusOr<std::vector<char*>> ShareForwardPages(const ForwardPart& part);
   absl::Status CopyForwardBlocks(const ForwardPart& part, absl::Span<char* const> pages);
   absl::Status CopyForwardSummaries(const ForwardPart& part);
-  absl::Status AppendForwardTail(const ForwardPart& part);
+  struct ForwardTail;  // the tokens that the blocks that stay do not hold, or the lists keep
+  std::vector<const ConstTensor*> TailTensors(const ForwardInputs& inputs) const;
+  absl::StatusOr<ForwardTail> PrepareForwardTail(const ForwardPart& part, size_t num_tensors) const;
+  absl::Status AppendForwardTail(const ForwardPart& part, const ForwardTail& tail);
   absl::Status CopyNow(const std::vector<const void*>& src, const std::vector<void*>& dst,
                        int64_t num_bytes, void* stream);
 

@@ -1,5 +1,5 @@
-// Engines of any configs and plans that use the memory of one another's calls, in turn, give the bits
-// that each gives alone.
+// Engines of any configs and plans that use the memory of one another's calls, in turn, give the
+// bits that each gives alone.
 #include <cstring>
 #include <memory>
 #include <string>
@@ -83,10 +83,10 @@ TEST_F(SharedMemoryTest, EnginesThatTakeTurnsGiveTheBitsOfEnginesAlone) {
   // The first part's engine is the one whose memory the others use; it has to grow for them. NaNs
   // of a first round would show in the second if a byte were read before it is written.
   Part nans(mlp, {0, 900, 1300}, "zigzag", 5);
-  for (Bytes* bytes : {&nans.problem.inputs.q, &nans.problem.inputs.k_cmp,
-                       &nans.problem.inputs.v_cmp, &nans.problem.inputs.k_slc,
-                       &nans.problem.inputs.v_slc, &nans.problem.inputs.k_win,
-                       &nans.problem.inputs.v_win, &nans.d_o}) {
+  for (Bytes* bytes :
+       {&nans.problem.inputs.q, &nans.problem.inputs.k_cmp, &nans.problem.inputs.v_cmp,
+        &nans.problem.inputs.k_slc, &nans.problem.inputs.v_slc, &nans.problem.inputs.k_win,
+        &nans.problem.inputs.v_win, &nans.d_o}) {
     std::memset(bytes->data(), 0xff, bytes->size());
   }
   const absl::Status status = OnLoopbackRanks(
@@ -101,12 +101,11 @@ TEST_F(SharedMemoryTest, EnginesThatTakeTurnsGiveTheBitsOfEnginesAlone) {
         for (size_t i = 0; i < sharing.size() && status.ok(); ++i) {
           // Another engine's calls between a forward and its backward.
           Part& other = sharing[(i + 1) % sharing.size()];
-          status = sharing[i].Run(communicator, kernels, memory_of,
-                                  {.keep_blocks = i % 2 == 1,
-                                   .copies_saved = i < 2,
-                                   .between = [&] {
-                                     return other.Run(communicator, kernels, memory_of);
-                                   }});
+          status =
+              sharing[i].Run(communicator, kernels, memory_of,
+                             {.keep_blocks = i % 2 == 1, .copies_saved = i < 2, .between = [&] {
+                                return other.Run(communicator, kernels, memory_of);
+                              }});
         }
         return status;
       },

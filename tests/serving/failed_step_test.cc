@@ -1,5 +1,5 @@
-// A step that fails on one rank, where ranks fetch from each other: the others do not wait for it,
-// and go on with what lies with them.
+// What fails on one rank in the middle of a call: the others do not wait for it. Where ranks fetch
+// from each other, they go on with what lies with them.
 #include <array>
 #include <memory>
 #include <thread>
@@ -11,6 +11,7 @@
 #include "comm/loopback/loopback.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_kernels.h"
+#include "nsa/engine.h"
 #include "nsa/serving/kv_cache.h"
 #include "tests/serving/unreachable.h"
 #include "tests/testing/delegating_kernels.h"
@@ -33,19 +34,23 @@ class FailingKernels final : public DelegatingKernels {
   int num_calls_ = 0;
 };
 
-absl::Status Step(const std::shared_ptr<comm::Communicator>& communicator) {
-  const int rank = communicator->rank();
-  auto created = kernels::CpuKernels::Create({.num_threads = 1});
-  if (!created.ok()) return created.status();
-  std::shared_ptr<kernels::Kernels> kernels = *std::move(created);
-  if (rank == 1) kernels = std::make_shared<FailingKernels>(std::move(kernels));
+serving::KvCacheOptions SmallCache() {
   serving::KvCacheOptions options;
   options.config.num_q_heads = options.config.num_kv_heads = 1;
   options.config.head_dim_qk = options.config.head_dim_v = 64;
   options.dtype = DType::kF32;
   options.num_pages = 4;
   options.max_tokens = 1024;
-  auto cache = serving::KvCache::Create(options, communicator, std::move(kernels));
+  return options;
+}
+
+absl::Status Step(const std::shared_ptr<comm::Communicator>& communicator) {
+  const int rank = communicator->rank();
+  auto created = kernels::CpuKernels::Create({.num_threads = 1});
+  if (!created.ok()) return created.status();
+  std::shared_ptr<kernels::Kernels> kernels = *std::move(created);
+  if (rank == 1) kernels = std::make_shared<FailingKernels>(std::move(kernels));
+  auto cache = serving::KvCache::Create(SmallCache(), communicator, std::move(kernels));
   if (!cache.ok()) return cache.status();
   const auto sequence = (*cache)->Open();
   if (!sequence.ok()) return sequence.status();
@@ -82,6 +87,62 @@ TEST(FailedStepTest, HoldsUpNoOtherRank) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(status[1], absl::InternalError("the GPU fell off the bus"));
   EXPECT_TRUE(status[0].ok()) << status[0];
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(30));  // of the deadline's 60
+}
+
+// Fails where the last tokens of a forward leave their rank.
+class FailingTail final : public DelegatingKernels {
+ public:
+  using DelegatingKernels::DelegatingKernels;
+  absl::Status CopyRows(const kernels::CopyRowsParams& params, void* stream) override {
+    if (fails) return absl::InternalError("the GPU fell off the bus");
+    return DelegatingKernels::CopyRows(params, stream);
+  }
+  bool fails = false;
+};
+
+// A forward of 200 tokens, which rank 0 takes over from both.
+absl::Status AppendForward(const std::shared_ptr<comm::Communicator>& communicator) {
+  auto created = kernels::CpuKernels::Create({.num_threads = 1});
+  if (!created.ok()) return created.status();
+  const auto kernels = std::make_shared<FailingTail>(*std::move(created));
+  const serving::KvCacheOptions options = SmallCache();
+  auto cache = serving::KvCache::Create(options, communicator, kernels);
+  if (!cache.ok()) return cache.status();
+  auto engine = Engine::Create({.config = options.config, .dtype = options.dtype},
+                               *ShardPlan::Parse("contiguous", 200, kRanks), communicator, kernels);
+  if (!engine.ok()) return engine.status();
+  std::vector<float> zeros(100 * 64), o(100 * 64);
+  const ConstTensor rows(zeros.data(), DType::kF32, {100, 1, 64});
+  ForwardInputs inputs;
+  inputs.q = rows;
+  inputs.gate = ConstTensor(zeros.data(), DType::kF32, {100, 1, 3});
+  inputs.SetSharedKv(rows, rows);
+  ForwardOutputs outputs;
+  outputs.o = Tensor(o.data(), DType::kF32, {100, 1, 64});
+  if (absl::Status s = (*engine)->Forward(inputs, outputs); !s.ok()) return s;
+  serving::SequenceId sequence = 0;
+  if (communicator->rank() == 0) {
+    const auto opened = (*cache)->Open();
+    if (!opened.ok()) return opened.status();
+    sequence = *opened;
+  }
+  kernels->fails = communicator->rank() == 1;
+  return (*cache)->AppendForward(/*home=*/0, sequence, **engine, inputs, /*document=*/0);
+}
+
+TEST(FailedAppendTest, ReachesTheHomeAtOnce) {
+  auto group = comm::LoopbackGroup::Create(kRanks, {.timeout = absl::Minutes(1)});
+  ASSERT_TRUE(group.ok()) << group.status();
+  const absl::Time begin = absl::Now();
+  std::vector<absl::Status> status(kRanks);
+  std::vector<std::thread> threads;
+  for (int r = 0; r < kRanks; ++r) {
+    threads.emplace_back([&, r] { status[r] = AppendForward(std::move((*group)[r])); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(status[1], absl::InternalError("the GPU fell off the bus"));
+  EXPECT_EQ(status[0].code(), absl::StatusCode::kAborted) << status[0];
   EXPECT_LT(absl::Now() - begin, absl::Seconds(30));  // of the deadline's 60
 }
 
