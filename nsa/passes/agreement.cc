@@ -1,15 +1,22 @@
 #include "nsa/passes/agreement.h"
 
 #include <algorithm>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "nsa/passes/agreement.pb.h"
 
 namespace nsa {
 namespace {
+
+constexpr size_t kMostAtOnce = 4096;
+// How a message begins.
+constexpr absl::string_view kWhole = "whole ", kHash = "hash ";
 
 // A value that some rank holds.
 struct Held {
@@ -54,13 +61,27 @@ absl::Status Agree(comm::Communicator& communicator, const absl::Status& mine,
     field->set_name(name);
     field->set_value(value);
   }
-  absl::StatusOr<std::vector<std::string>> gathered =
-      communicator.HostAllGather(message.SerializeAsString());
+  // Of what is long, such as the chunks of a thousand documents, first how long and a hash.
+  const std::string whole = message.SerializeAsString();
+  const std::string brief =
+      whole.size() <= kMostAtOnce
+          ? absl::StrCat(kWhole, whole)
+          : absl::StrCat(kHash, whole.size(), " ", std::hash<std::string>()(whole));
+  absl::StatusOr<std::vector<std::string>> gathered = communicator.HostAllGather(brief);
   if (!gathered.ok()) return gathered.status();
+  if (mine.ok() && std::all_of(gathered->begin(), gathered->end(),
+                               [&](const std::string& other) { return other == brief; })) {
+    return absl::OkStatus();
+  }
+  if (std::any_of(gathered->begin(), gathered->end(),
+                  [](const std::string& other) { return absl::StartsWith(other, kHash); })) {
+    gathered = communicator.HostAllGather(absl::StrCat(kWhole, whole));
+    if (!gathered.ok()) return gathered.status();
+  }
 
   std::vector<AgreementProto> all(gathered->size());
   for (size_t rank = 0; rank < all.size(); ++rank) {
-    if (!all[rank].ParseFromString((*gathered)[rank])) {
+    if (!all[rank].ParseFromString((*gathered)[rank].substr(kWhole.size()))) {
       return absl::InternalError(absl::StrCat("rank ", rank, " sent an unreadable agreement"));
     }
     if (all[rank].status_code() != 0) {

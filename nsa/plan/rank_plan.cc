@@ -1,6 +1,7 @@
 #include "nsa/plan/rank_plan.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace nsa {
 namespace {
@@ -52,49 +53,94 @@ std::vector<kernels::BlockRun> OwnSelectRuns(const NsaConfig& config, const Shar
                          [](const kernels::Document& d) { return d.num_slc_blocks; });
 }
 
-// Tokens that the branches read for what `rank` owns or queries, sorted, disjoint, own ones
-// included.
-std::vector<Range> NeededTokens(const NsaConfig& config, const ShardPlan& plan,
-                                const BlockMap& blocks, int rank, int branches) {
-  std::vector<Range> ranges;
-  auto add_blocks = [&](const std::vector<kernels::BlockRun>& runs, int64_t stride,
-                        int64_t block_tokens) {
+// Sorted by begin, and joined where they touch or overlap.
+std::vector<Range> Joined(std::vector<Range> ranges) {
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  std::vector<Range> joined;
+  for (const Range& range : ranges) {
+    if (!joined.empty() && range.begin <= joined.back().end) {
+      joined.back().end = std::max(joined.back().end, range.end);
+    } else {
+      joined.push_back(range);
+    }
+  }
+  return joined;
+}
+
+// Tokens that each branch reads for what `rank` owns or queries, own ones included.
+struct NeededTokens {
+  std::vector<Range> cmp, slc, win;
+
+  std::vector<Range> Of(int branches) const {
+    std::vector<Range> ranges;
+    for (auto [bit, of] : {std::pair(kCmpBit, &cmp), {kSlcBit, &slc}, {kWinBit, &win}}) {
+      if (branches & bit) ranges.insert(ranges.end(), of->begin(), of->end());
+    }
+    return Joined(std::move(ranges));
+  }
+};
+
+NeededTokens TokensNeededBy(const NsaConfig& config, const ShardPlan& plan, const BlockMap& blocks,
+                            int rank) {
+  const auto of_blocks = [&](const std::vector<kernels::BlockRun>& runs, int64_t stride,
+                             int64_t block_tokens) {
+    std::vector<Range> ranges;
     for (const kernels::BlockRun& run : runs) {
       const kernels::Document& document = blocks.documents[run.document];
       const int64_t last = (run.first_block + run.num_blocks - 1) * stride + block_tokens;
       ranges.push_back({document.token_begin + run.first_block * stride,
                         document.token_begin + std::min(last, document.num_tokens)});
     }
+    return Joined(std::move(ranges));
   };
-  if (branches & kCmpBit) {
-    add_blocks(OwnCompressionRuns(config, plan, blocks, rank), config.compress_stride_tokens,
-               config.compress_block_tokens);
+  std::vector<Range> windows;
+  for (const Chunk& chunk : plan.ChunksOfRank(rank)) {
+    ForEachDocument(blocks, chunk.begin, chunk.end(), [&](int32_t doc, int64_t begin, int64_t end) {
+      const int64_t first =
+          std::max(blocks.documents[doc].token_begin, begin - (config.window_tokens - 1));
+      windows.push_back({first, end});
+    });
   }
-  if (branches & kSlcBit) {
-    add_blocks(OwnSelectRuns(config, plan, blocks, rank), config.select_block_tokens,
-               config.select_block_tokens);
-  }
-  if (branches & kWinBit) {
-    for (const Chunk& chunk : plan.ChunksOfRank(rank)) {
-      ForEachDocument(
-          blocks, chunk.begin, chunk.end(), [&](int32_t doc, int64_t begin, int64_t end) {
-            const int64_t first =
-                std::max(blocks.documents[doc].token_begin, begin - (config.window_tokens - 1));
-            ranges.push_back({first, end});
-          });
-    }
-  }
-  std::sort(ranges.begin(), ranges.end(),
-            [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  std::vector<Range> merged;
+  return {.cmp = of_blocks(OwnCompressionRuns(config, plan, blocks, rank),
+                           config.compress_stride_tokens, config.compress_block_tokens),
+          .slc = of_blocks(OwnSelectRuns(config, plan, blocks, rank), config.select_block_tokens,
+                           config.select_block_tokens),
+          .win = Joined(std::move(windows))};
+}
+
+// Calls visit(chunk index, begin, end) for the parts of `ranges` that lie in `chunks`, both in
+// global order.
+template <typename Visit>
+void ForEachChunk(const std::vector<Range>& ranges, const std::vector<Chunk>& chunks, Visit visit) {
+  size_t i = 0;
   for (const Range& range : ranges) {
-    if (!merged.empty() && range.begin <= merged.back().end) {
-      merged.back().end = std::max(merged.back().end, range.end);
-    } else {
-      merged.push_back(range);
+    while (i < chunks.size() && chunks[i].end() <= range.begin) ++i;
+    for (size_t j = i; j < chunks.size() && chunks[j].begin < range.end; ++j) {
+      const int64_t begin = std::max(range.begin, chunks[j].begin);
+      const int64_t end = std::min(range.end, chunks[j].end());
+      if (begin < end) visit(j, begin, end);
     }
   }
-  return merged;
+}
+
+// What `rank` needs of others, of NeededTokens::Of.
+std::vector<HaloPiece> HaloOf(const ShardPlan& plan, int rank, const std::vector<Range>& needed) {
+  std::vector<HaloPiece> pieces;
+  ForEachChunk(needed, plan.chunks(), [&](size_t chunk, int64_t begin, int64_t end) {
+    const int32_t owner = plan.chunks()[chunk].rank;
+    if (owner == rank) return;
+    pieces.push_back(
+        {.owner = owner, .token_begin = begin, .num_tokens = end - begin, .halo_row = 0});
+  });
+  std::stable_sort(pieces.begin(), pieces.end(),
+                   [](const HaloPiece& a, const HaloPiece& b) { return a.owner < b.owner; });
+  int64_t halo_row = 0;
+  for (HaloPiece& piece : pieces) {
+    piece.halo_row = halo_row;
+    halo_row += piece.num_tokens;
+  }
+  return pieces;
 }
 
 }  // namespace
@@ -145,48 +191,30 @@ std::vector<kernels::BlockRun> OwnCompressionRuns(const NsaConfig& config, const
 
 std::vector<HaloPiece> HaloOf(const NsaConfig& config, const ShardPlan& plan,
                               const BlockMap& blocks, int rank, int branches) {
-  std::vector<HaloPiece> pieces;
-  const std::vector<Chunk>& chunks = plan.chunks();
-  for (const Range& range : NeededTokens(config, plan, blocks, rank, branches)) {
-    auto chunk = std::upper_bound(chunks.begin(), chunks.end(), range.begin,
-                                  [](int64_t t, const Chunk& c) { return t < c.begin; }) -
-                 1;
-    for (; chunk != chunks.end() && chunk->begin < range.end; ++chunk) {
-      if (chunk->rank == rank) continue;
-      const int64_t begin = std::max(range.begin, chunk->begin);
-      const int64_t num_tokens = std::min(range.end, chunk->end()) - begin;
-      pieces.push_back(
-          {.owner = chunk->rank, .token_begin = begin, .num_tokens = num_tokens, .halo_row = 0});
-    }
-  }
-  std::stable_sort(pieces.begin(), pieces.end(),
-                   [](const HaloPiece& a, const HaloPiece& b) { return a.owner < b.owner; });
-  int64_t halo_row = 0;
-  for (HaloPiece& piece : pieces) {
-    piece.halo_row = halo_row;
-    halo_row += piece.num_tokens;
-  }
-  return pieces;
+  return HaloOf(plan, rank, TokensNeededBy(config, plan, blocks, rank).Of(branches));
 }
 
 namespace {
 
-BranchKv MakeBranchKv(const NsaConfig& config, const ShardPlan& plan, const BlockMap& blocks,
-                      int rank, int branches) {
+// `needed`: by each rank.
+BranchKv MakeBranchKv(const ShardPlan& plan, const BlockMap& blocks, int rank,
+                      const std::vector<NeededTokens>& needed, int branches) {
   BranchKv kv;
+  const std::vector<Chunk>& own = plan.ChunksOfRank(rank);
+  std::vector<int64_t> first_rows = {0};  // of own chunks
+  for (const Chunk& chunk : own) first_rows.push_back(first_rows.back() + chunk.num_tokens);
   for (int peer = 0; peer < plan.num_ranks(); ++peer) {
-    std::vector<HaloPiece> pieces = HaloOf(config, plan, blocks, peer, branches);
+    const std::vector<Range> ranges = needed[peer].Of(branches);
     if (peer == rank) {
-      kv.receives = std::move(pieces);
+      kv.receives = HaloOf(plan, rank, ranges);
       continue;
     }
-    for (const HaloPiece& piece : pieces) {
-      if (piece.owner != rank) continue;
+    ForEachChunk(ranges, own, [&](size_t chunk, int64_t begin, int64_t end) {
       kv.sends.push_back({.peer = peer,
-                          .row = plan.Locate(piece.token_begin).local,
-                          .num_tokens = piece.num_tokens});
-      kv.send_rows += piece.num_tokens;
-    }
+                          .row = first_rows[chunk] + begin - own[chunk].begin,
+                          .num_tokens = end - begin});
+      kv.send_rows += end - begin;
+    });
   }
 
   struct Run {
@@ -195,10 +223,8 @@ BranchKv MakeBranchKv(const NsaConfig& config, const ShardPlan& plan, const Bloc
     int32_t is_halo;
   };
   std::vector<Run> runs;
-  int64_t row = 0;
-  for (const Chunk& chunk : plan.ChunksOfRank(rank)) {
-    runs.push_back({{chunk.begin, chunk.end()}, row, 0});
-    row += chunk.num_tokens;
+  for (size_t i = 0; i < own.size(); ++i) {
+    runs.push_back({{own[i].begin, own[i].end()}, first_rows[i], 0});
   }
   for (const HaloPiece& piece : kv.receives) {
     runs.push_back({{piece.token_begin, piece.token_begin + piece.num_tokens}, piece.halo_row, 1});
@@ -248,8 +274,12 @@ RankPlan MakeRankPlan(const NsaConfig& config, const ShardPlan& plan, const Bloc
   result.cmp_runs = OwnCompressionRuns(config, plan, blocks, rank);
   result.slc_runs = OwnSelectRuns(config, plan, blocks, rank);
   result.num_own_slc_blocks = blocks.slc_blocks_of_rank[rank];
+  std::vector<NeededTokens> needed;
+  for (int peer = 0; peer < plan.num_ranks(); ++peer) {
+    needed.push_back(TokensNeededBy(config, plan, blocks, peer));
+  }
   for (int branches = 1; branches < kNumBranchSets; ++branches) {
-    result.kv[branches] = MakeBranchKv(config, plan, blocks, rank, branches);
+    result.kv[branches] = MakeBranchKv(plan, blocks, rank, needed, branches);
   }
   for (const kernels::Segment& segment : result.kv[kSlcBit].segments) {
     if (!segment.is_halo) result.query_segments.push_back(segment);
