@@ -102,17 +102,6 @@ void ExpectDecodes(const StageProblem& problem, const DecodeSchedule& schedule) 
   ExpectEqualsReference(problem, *run);
 }
 
-ReferenceConfig SmallConfig() {
-  ReferenceConfig config;
-  config.num_q_heads = 4;
-  config.num_kv_heads = 2;
-  config.head_dim_qk = 64;
-  config.head_dim_v = 64;
-  config.num_selected_blocks = 5;
-  config.window_tokens = 70;
-  return config;
-}
-
 TEST(DecodeTest, TokenByToken) {
   for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
     SCOPED_TRACE(NameOf(dtype));
@@ -167,17 +156,7 @@ TEST(DecodeTest, HeadDims) {
 }
 
 TEST(DecodeTest, BlockSizes) {
-  struct Blocks {
-    int64_t l, d, slc;
-  };
-  for (const Blocks& blocks :
-       {Blocks{16, 16, 16}, Blocks{32, 16, 48}, Blocks{64, 16, 80}, Blocks{64, 64, 64},
-        Blocks{128, 32, 160}, Blocks{48, 48, 240}, Blocks{96, 16, 256}, Blocks{320, 16, 32}}) {
-    ReferenceConfig config = SmallConfig();
-    config.compress_block_tokens = blocks.l;
-    config.compress_stride_tokens = blocks.d;
-    config.select_block_tokens = blocks.slc;
-    config.num_selected_blocks = 3;
+  for (const ReferenceConfig& config : ConfigsOfBlockSizes()) {
     for (DType dtype : {DType::kF32, DType::kBF16}) {
       ExpectDecodes(MakeStageProblem(config, {0, 1111, 1150}, {.dtype = dtype}, 6),
                     {.prefixes = {700, 0}, .max_new_tokens = 40});
@@ -186,25 +165,15 @@ TEST(DecodeTest, BlockSizes) {
 }
 
 TEST(DecodeTest, WindowSizes) {
-  for (int64_t window : {1, 2, 63, 64, 65, 129, 5000}) {
-    ReferenceConfig config = SmallConfig();
-    config.window_tokens = window;
-    config.select_block_tokens = window % 2 == 0 ? 64 : 16;
+  for (ReferenceConfig config : ConfigsOfWindows()) {
+    config.select_block_tokens = config.window_tokens % 2 == 0 ? 64 : 16;
     ExpectDecodes(MakeStageProblem(config, {0, 300, 500}, {}, 7),
                   {.prefixes = {0, 100}, .max_new_tokens = 6});
   }
 }
 
 TEST(DecodeTest, NumbersOfBlocks) {
-  struct Numbers {
-    int64_t n, initial, local;
-  };
-  for (const Numbers& numbers : {Numbers{1, 0, 1}, Numbers{3, 1, 2}, Numbers{4, 0, 1},
-                                 Numbers{6, 3, 2}, Numbers{64, 2, 3}}) {
-    ReferenceConfig config = SmallConfig();
-    config.num_selected_blocks = numbers.n;
-    config.num_initial_blocks = numbers.initial;
-    config.num_local_blocks = numbers.local;
+  for (const ReferenceConfig& config : ConfigsOfBlockNumbers()) {
     ExpectDecodes(MakeStageProblem(config, {0, 900, 1300}, {}, 8),
                   {.prefixes = {600, 100}, .max_new_tokens = 6});
   }

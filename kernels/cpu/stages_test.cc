@@ -66,17 +66,6 @@ void ExpectAgreement(const StageProblem& problem, const StageLayout& layout = {}
   EXPECT_TRUE(test::CloseElements("lse_win", expected->lse_win, ToDouble(out.lse_win), 2e-6, 1e-6));
 }
 
-ReferenceConfig SmallConfig() {
-  ReferenceConfig config;
-  config.num_q_heads = 4;
-  config.num_kv_heads = 2;
-  config.head_dim_qk = 64;
-  config.head_dim_v = 64;
-  config.num_selected_blocks = 5;
-  config.window_tokens = 70;
-  return config;
-}
-
 TEST(StagesTest, StorageTypes) {
   for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
     for (DType gate_dtype : {DType::kF32, dtype}) {
@@ -119,17 +108,7 @@ TEST(StagesTest, HeadDims) {
 }
 
 TEST(StagesTest, BlockSizes) {
-  struct Blocks {
-    int64_t l, d, slc;
-  };
-  for (const Blocks& blocks :
-       {Blocks{16, 16, 16}, Blocks{32, 16, 48}, Blocks{64, 16, 80}, Blocks{64, 64, 64},
-        Blocks{128, 32, 160}, Blocks{48, 48, 240}, Blocks{96, 16, 256}, Blocks{320, 16, 32}}) {
-    ReferenceConfig config = SmallConfig();
-    config.compress_block_tokens = blocks.l;
-    config.compress_stride_tokens = blocks.d;
-    config.select_block_tokens = blocks.slc;
-    config.num_selected_blocks = 3;
+  for (const ReferenceConfig& config : ConfigsOfBlockSizes()) {
     for (DType dtype : {DType::kF32, DType::kBF16}) {
       ExpectAgreement(MakeStageProblem(config, {0, 1111}, {.dtype = dtype}, 4));
     }
@@ -143,23 +122,13 @@ TEST(StagesTest, DocumentsOfAnyLength) {
 }
 
 TEST(StagesTest, WindowSizes) {
-  for (int64_t window : {1, 2, 63, 64, 65, 129, 5000}) {
-    ReferenceConfig config = SmallConfig();
-    config.window_tokens = window;
+  for (const ReferenceConfig& config : ConfigsOfWindows()) {
     ExpectAgreement(MakeStageProblem(config, {0, 300, 500}, {}, 7));
   }
 }
 
 TEST(StagesTest, NumbersOfBlocks) {
-  struct Numbers {
-    int64_t n, initial, local;
-  };
-  for (const Numbers& numbers : {Numbers{1, 0, 1}, Numbers{3, 1, 2}, Numbers{4, 0, 1},
-                                 Numbers{6, 3, 2}, Numbers{64, 2, 3}}) {
-    ReferenceConfig config = SmallConfig();
-    config.num_selected_blocks = numbers.n;
-    config.num_initial_blocks = numbers.initial;
-    config.num_local_blocks = numbers.local;
+  for (const ReferenceConfig& config : ConfigsOfBlockNumbers()) {
     ExpectAgreement(MakeStageProblem(config, {0, 900, 1300}, {}, 8));
   }
 }

@@ -272,6 +272,58 @@ class Runner {
 
 }  // namespace
 
+reference::ReferenceConfig SmallConfig() {
+  reference::ReferenceConfig config;
+  config.num_q_heads = 4;
+  config.num_kv_heads = 2;
+  config.head_dim_qk = 64;
+  config.head_dim_v = 64;
+  config.num_selected_blocks = 5;
+  config.window_tokens = 70;
+  return config;
+}
+
+std::vector<reference::ReferenceConfig> ConfigsOfBlockSizes() {
+  struct Blocks {
+    int64_t l, d, slc;
+  };
+  std::vector<reference::ReferenceConfig> configs;
+  for (const Blocks& blocks :
+       {Blocks{16, 16, 16}, Blocks{32, 16, 48}, Blocks{64, 16, 80}, Blocks{64, 64, 64},
+        Blocks{128, 32, 160}, Blocks{48, 48, 240}, Blocks{96, 16, 256}, Blocks{320, 16, 32}}) {
+    configs.push_back(SmallConfig());
+    configs.back().compress_block_tokens = blocks.l;
+    configs.back().compress_stride_tokens = blocks.d;
+    configs.back().select_block_tokens = blocks.slc;
+    configs.back().num_selected_blocks = 3;
+  }
+  return configs;
+}
+
+std::vector<reference::ReferenceConfig> ConfigsOfWindows() {
+  std::vector<reference::ReferenceConfig> configs;
+  for (int64_t window : {1, 2, 63, 64, 65, 129, 5000}) {
+    configs.push_back(SmallConfig());
+    configs.back().window_tokens = window;
+  }
+  return configs;
+}
+
+std::vector<reference::ReferenceConfig> ConfigsOfBlockNumbers() {
+  struct Numbers {
+    int64_t n, initial, local;
+  };
+  std::vector<reference::ReferenceConfig> configs;
+  for (const Numbers& numbers : {Numbers{1, 0, 1}, Numbers{3, 1, 2}, Numbers{4, 0, 1},
+                                 Numbers{6, 3, 2}, Numbers{17, 1, 2}, Numbers{64, 2, 3}}) {
+    configs.push_back(SmallConfig());
+    configs.back().num_selected_blocks = numbers.n;
+    configs.back().num_initial_blocks = numbers.initial;
+    configs.back().num_local_blocks = numbers.local;
+  }
+  return configs;
+}
+
 StageProblem MakeStageProblem(const reference::ReferenceConfig& config,
                               const test::InputOptions& options,
                               const reference::ReferenceInputs& inputs) {

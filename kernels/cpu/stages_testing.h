@@ -44,6 +44,13 @@ struct StageProblem {
   int64_t num_tokens() const { return inputs.cu_seqlens.back(); }
 };
 
+// 4 query and 2 kv heads of 64, 5 selected blocks, a window of 70 tokens.
+reference::ReferenceConfig SmallConfig();
+// The same with other sizes of blocks; windows; numbers of selected, initial and local blocks.
+std::vector<reference::ReferenceConfig> ConfigsOfBlockSizes();
+std::vector<reference::ReferenceConfig> ConfigsOfWindows();
+std::vector<reference::ReferenceConfig> ConfigsOfBlockNumbers();
+
 StageProblem MakeStageProblem(const reference::ReferenceConfig& config,
                               const std::vector<int64_t>& cu_seqlens,
                               const test::InputOptions& options, uint64_t seed);

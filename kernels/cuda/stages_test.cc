@@ -18,6 +18,7 @@ namespace nsa::kernels::cuda {
 namespace {
 
 using cpu::MakeStageProblem;
+using cpu::SmallConfig;
 using cpu::StageLayout;
 using cpu::StageOutputs;
 using cpu::StageProblem;
@@ -104,17 +105,6 @@ class StagesTest : public ::testing::TestWithParam<CudaPath> {
   std::unique_ptr<Kernels> kernels_;
 };
 
-ReferenceConfig SmallConfig() {
-  ReferenceConfig config;
-  config.num_q_heads = 4;
-  config.num_kv_heads = 2;
-  config.head_dim_qk = 64;
-  config.head_dim_v = 64;
-  config.num_selected_blocks = 5;
-  config.window_tokens = 70;
-  return config;
-}
-
 INSTANTIATE_TEST_SUITE_P(Paths, StagesTest, ::testing::Values(CudaPath::kAuto, CudaPath::kPortable),
                          NameOfPath);
 
@@ -153,17 +143,7 @@ TEST_P(StagesTest, HeadDims) {
 }
 
 TEST_P(StagesTest, BlockSizes) {
-  struct Blocks {
-    int64_t l, d, slc;
-  };
-  for (const Blocks& blocks :
-       {Blocks{16, 16, 16}, Blocks{32, 16, 48}, Blocks{64, 16, 80}, Blocks{64, 64, 64},
-        Blocks{128, 32, 160}, Blocks{48, 48, 240}, Blocks{96, 16, 256}, Blocks{320, 16, 32}}) {
-    ReferenceConfig config = SmallConfig();
-    config.compress_block_tokens = blocks.l;
-    config.compress_stride_tokens = blocks.d;
-    config.select_block_tokens = blocks.slc;
-    config.num_selected_blocks = 3;
+  for (const ReferenceConfig& config : cpu::ConfigsOfBlockSizes()) {
     ExpectAgreement(MakeStageProblem(config, {0, 1111}, {.dtype = DType::kBF16}, 4));
   }
 }
@@ -178,23 +158,13 @@ TEST_P(StagesTest, DocumentsOfAnyLength) {
 }
 
 TEST_P(StagesTest, WindowSizes) {
-  for (int64_t window : {1, 2, 63, 64, 65, 129, 5000}) {
-    ReferenceConfig config = SmallConfig();
-    config.window_tokens = window;
+  for (const ReferenceConfig& config : cpu::ConfigsOfWindows()) {
     ExpectAgreement(MakeStageProblem(config, {0, 300, 500}, {.dtype = DType::kF16}, 7));
   }
 }
 
 TEST_P(StagesTest, NumbersOfBlocks) {
-  struct Numbers {
-    int64_t n, initial, local;
-  };
-  for (const Numbers& numbers : {Numbers{1, 0, 1}, Numbers{3, 1, 2}, Numbers{4, 0, 1},
-                                 Numbers{6, 3, 2}, Numbers{17, 1, 2}, Numbers{64, 2, 3}}) {
-    ReferenceConfig config = SmallConfig();
-    config.num_selected_blocks = numbers.n;
-    config.num_initial_blocks = numbers.initial;
-    config.num_local_blocks = numbers.local;
+  for (const ReferenceConfig& config : cpu::ConfigsOfBlockNumbers()) {
     ExpectAgreement(MakeStageProblem(config, {0, 900, 2300}, {.dtype = DType::kF16}, 8));
   }
 }
