@@ -1,11 +1,11 @@
 #include "nsa/passes/saved_forward.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 
 namespace nsa {
-
 namespace {
 
 // Where each part begins.
@@ -33,6 +33,8 @@ Layout LayoutOf(const PassContext& context, const SaveOptions& options) {
   layout.slots = take(options.keep_blocks ? 1 + context.rank_plan.num_remote_slc_blocks *
                                                     dims.num_kv_heads * context.layout.record_bytes
                                           : 0);
+  // At least a byte, too, for a rank without tokens.
+  layout.num_bytes = std::max(layout.num_bytes, AlignUp(1));
   return layout;
 }
 

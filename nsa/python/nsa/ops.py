@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from nsa import _library
+from nsa._library import FailedPreconditionError
 from nsa.engine import Engine, engine_of_number, flatten
 
 _TENSORS = "Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor? k_slc, Tensor? v_slc, " + (
@@ -98,7 +99,10 @@ def _fake_positions(engine):
 # engines that save as much. Given a text, which torch.compile makes a constant of.
 @torch.compiler.assume_constant_result
 def _saved_bytes(engine: str) -> int:
-    return engine_of_number(int(engine)).saved_bytes
+    count = engine_of_number(int(engine)).saved_bytes
+    if count == 0:
+        raise FailedPreconditionError("attention: its engine was made with backward=False")
+    return count
 
 
 class _Attention(torch.autograd.Function):

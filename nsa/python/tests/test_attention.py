@@ -197,6 +197,15 @@ def test_saved_tensors_may_be_copies(group):
     assert all(map(torch.equal, torch.autograd.grad(o.float().sum(), inputs), expected))
 
 
+def test_engine_without_backward():
+    engine = nsa.Engine(CONFIG, nsa.Plan(TOKENS), nsa.Group.local(), dtype="f32", backward=False)
+    inputs = make_inputs(TOKENS)
+    with pytest.raises(nsa.FailedPreconditionError, match="backward=False"):
+        nsa.attention(engine, *inputs)
+    with torch.no_grad():
+        nsa.attention(engine, *inputs)
+
+
 def test_no_second_derivatives():
     engine = make_engine(nsa.Group.local())
     q, k, v, gate = make_inputs(TOKENS)
