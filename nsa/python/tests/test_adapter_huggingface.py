@@ -36,7 +36,13 @@ MODELS = {
     "llama": lambda **options: LlamaForCausalLM(LlamaConfig(**SIZES, **options)),
     "qwen3": lambda **options: Qwen3ForCausalLM(Qwen3Config(**SIZES, **options)),
 }
-PACKED = torch.cat([torch.arange(length) for length in (100, 37, 163)])[None]
+
+
+def positions(*lengths):
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+PACKED = positions(100, 37, 163)
 
 
 def make_model(kind="llama", **options):
@@ -98,9 +104,9 @@ def test_documents_are_independent():
     assert torch.equal(packed, model(ids, position_ids=PACKED, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training(checkpointing):
-    model = make_model()
+@pytest.mark.parametrize("kind, checkpointing", [("llama", False), ("llama", True), ("qwen3", True)])
+def test_training(kind, checkpointing):
+    model = make_model(kind)
     adapter.attach(model, CONFIG)
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -117,17 +123,51 @@ def test_training(checkpointing):
     assert all(p.grad.norm() > 0 for name, p in model.named_parameters() if is_ours(name))
 
 
-def test_generate_without_cache_is_sdpa():
+@pytest.mark.parametrize("kind", MODELS)
+def test_compile(kind):
+    """Of the whole model; the graph breaks where the documents are read."""
+    model = make_model(kind)
+    adapter.attach(model, CONFIG)
+    perturb(model)
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="documents are read"):
+        whole(make_ids(1), use_cache=False)
+    run = torch.compile(model, backend="aot_eager")
+    inputs = {"labels": make_ids(1), "use_cache": False}
+    run(make_ids(1), position_ids=PACKED, **inputs).loss.backward()
+    model.zero_grad()
+    with torch.compiler.set_stance("fail_on_recompile"):  # for other documents
+        actual = run(make_ids(1), position_ids=positions(163, 137), **inputs)
+    actual.loss.backward()
+    gradients = gradients_of(model)
+    model.zero_grad()
+    expected = model(make_ids(1), position_ids=positions(163, 137), **inputs)
+    expected.loss.backward()
+    torch.testing.assert_close(actual.logits, expected.logits, **TOLERANCE)
+    assert_same(gradients, gradients_of(model))
+
+
+def test_generate():
+    """Without a KV cache; with one of any kind the error says so."""
     model = make_model(attn_implementation="sdpa")
     ours = copy.deepcopy(model)
     adapter.attach(ours, DENSE)
     only(2, ours)
-    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": False}
-    mask = torch.ones(1, 70)
-    expected = model.generate(make_ids(1, 70), attention_mask=mask, **options)
-    assert torch.equal(ours.generate(make_ids(1, 70), attention_mask=mask, **options), expected)
-    with pytest.raises(ValueError, match="1 queries, 71 keys.*use_cache=False"):
-        ours.generate(make_ids(1, 70), attention_mask=mask, max_new_tokens=5)
+    prompt = make_ids(2, 70)
+    inputs = {"attention_mask": torch.ones(2, 70), "max_new_tokens": 5, "do_sample": False}
+    for beams in (1, 2):
+        options = {**inputs, "num_beams": beams, "use_cache": False}
+        assert torch.equal(
+            ours.generate(prompt, **options), model.generate(prompt, **options)
+        )
+        with pytest.raises(ValueError, match="1 queries, 71 keys.*use_cache=False"):
+            ours.generate(prompt, **inputs, num_beams=beams)
+    with pytest.raises(ValueError, match="70 queries, 74 keys.*use_cache=False"):
+        ours.generate(prompt, **inputs, cache_implementation="static")
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][0, :5] = 0
+    with pytest.raises(ValueError, match="on the right only"):
+        ours.generate(prompt, **inputs, use_cache=False)
 
 
 def test_state_dict(tmp_path):
@@ -220,22 +260,21 @@ def context_parallel(rank, size):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     ids, target = make_ids(1, 320), make_ids(1, 320).roll(-1)
-    packed = torch.cat([torch.arange(length) for length in (100, 37, 183)])[None]
     alone, sharded = make_model(), make_model()
     adapter.attach(alone, CONFIG)
     adapter.attach(sharded, CONFIG, dist.group.WORLD)
     for model in (alone, sharded):
         perturb(model)
     plan = nsa.Plan(320, size, sharding="zigzag")
-    for positions in (torch.arange(320)[None], packed):
+    for position_ids in (positions(320), positions(100, 37, 183)):
         expected = alone(
-            ids, position_ids=positions, shift_labels=target, labels=target, use_cache=False
+            ids, position_ids=position_ids, shift_labels=target, labels=target, use_cache=False
         )
         expected.loss.backward()
         mine = {
             name: plan.shard(tensor, rank, dim=1)
             for name, tensor in dict(
-                input_ids=ids, position_ids=positions, shift_labels=target, labels=target
+                input_ids=ids, position_ids=position_ids, shift_labels=target, labels=target
             ).items()
         }
         actual = sharded(**mine, use_cache=False)
