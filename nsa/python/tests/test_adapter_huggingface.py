@@ -26,6 +26,7 @@ from adapter_testing import (  # noqa: E402
 )
 
 from nsa.adapters import huggingface as adapter  # noqa: E402
+from nsa.adapters._shared import plan_of_ends  # noqa: E402
 
 CONFIG = make_config(compressor="mlp")
 SIZES = dict(
@@ -233,6 +234,20 @@ def test_what_cannot_be_honoured():
         )
         adapter.attach(sliding, CONFIG)
         sliding(make_ids(1))
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_documents_in_a_cuda_graph(monkeypatch):
+    """Even those that were read before: a graph would keep them, whatever it is launched with."""
+    ends = torch.tensor([0, 300]).as_subclass(OnGpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert plan_of_ends(ends) == plan_of_ends(torch.tensor([0, 300]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match="documents: cannot be read"):
+        plan_of_ends(ends)
 
 
 def masks_that_are_not_causal_documents():

@@ -19,11 +19,18 @@ def group_of(process_group) -> Group:
     return Group.from_process_group(process_group)
 
 
-def check_same(**pairs) -> None:
-    """ValueError unless both of each (what the stack says, what nsa.Config says) are equal."""
-    for name, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            raise ValueError(f"nsa.Config.{name} = {ours}: the model has {theirs}")
+def check_heads(config: Config, num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """ValueError unless config has what the stack's attention has."""
+    for name, theirs in {
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim_qk": head_dim,
+        "head_dim_v": head_dim,
+    }.items():
+        if theirs != getattr(config, name):
+            raise ValueError(
+                f"nsa.Config.{name} = {getattr(config, name)}: the model has {theirs}"
+            )
 
 
 def check_scale(config: Config, scale: float | None) -> None:

@@ -20,6 +20,9 @@ it:
     CP        Transformers deals nothing: the caller gives each rank of `process_group` its tokens,
               as nsa.Plan(S, P, sharding="zigzag").shard() does, and their position_ids, by which
               the dealing is checked, and labels as shift_labels.
+    compile   torch.compile's graph breaks in each layer, where position_ids (which models make if
+              they are not given) or cu_seq_lens_q are read; with fullgraph, and where a CUDA graph
+              is captured: error.
     decoding  generate(use_cache=False) computes everything anew for each token. A step with a KV
               cache: error.
 """
@@ -30,7 +33,7 @@ from transformers.masking_utils import causal_mask_function
 
 from nsa.adapters._shared import (
     attend,
-    check_same,
+    check_heads,
     check_scale,
     group_of,
     plan_of_ends,
@@ -141,16 +144,10 @@ def attach(model: PreTrainedModel, config: Config, process_group=None, **core_op
     if not attentions:
         raise ValueError(f"{type(model).__name__}: has no attention with is_causal and layer_idx")
     text = model.config.get_text_config()
+    q_heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", q_heads)
     for module in attentions:
-        check_same(
-            num_q_heads=(text.num_attention_heads, config.num_q_heads),
-            num_kv_heads=(
-                getattr(text, "num_key_value_heads", text.num_attention_heads),
-                config.num_kv_heads,
-            ),
-            head_dim_qk=(getattr(module, "head_dim", None), config.head_dim_qk),
-            head_dim_v=(getattr(module, "head_dim", None), config.head_dim_v),
-        )
+        check_heads(config, q_heads, kv_heads, getattr(module, "head_dim", None))
         if not module.is_causal:
             raise ValueError(f"{type(module).__name__}: is_causal must be True")
     group = None if process_group is None else group_of(process_group)

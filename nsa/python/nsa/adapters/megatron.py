@@ -22,6 +22,8 @@ parameters of the core attention. What Megatron does, and what becomes of it:
               cp_comm_type other than p2p, hierarchical and hybrid context parallelism: error.
     gradients parameters' are of this rank's tokens; Megatron sums them over data and context
               parallel ranks.
+    compile   torch.compile traces sbhd as a whole; its graph breaks at thd, where the documents are
+              read (with fullgraph: error). Where a CUDA graph is captured thd is an error.
     inference error, with any inference context.
 """
 
@@ -40,7 +42,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
-from nsa.adapters._shared import attend, check_same, check_scale, group_of, plan_of_ends
+from nsa.adapters._shared import attend, check_heads, check_scale, group_of, plan_of_ends
 from nsa.config import Config
 from nsa.module import CoreAttention
 
@@ -97,11 +99,8 @@ class NSACoreAttention(MegatronModule):
         _require("attn_mask_type", attn_mask_type, AttnMaskType.causal)
         _require("attention_type", attention_type, "self")
         _require("cp_comm_type", cp_comm_type, "p2p", None)
-        check_same(
-            num_q_heads=(config.num_attention_heads, nsa_config.num_q_heads),
-            num_kv_heads=(config.num_query_groups, nsa_config.num_kv_heads),
-            head_dim_qk=(config.kv_channels, nsa_config.head_dim_qk),
-            head_dim_v=(config.kv_channels, nsa_config.head_dim_v),
+        check_heads(
+            nsa_config, config.num_attention_heads, config.num_query_groups, config.kv_channels
         )
         check_scale(nsa_config, softmax_scale)
         if pg_collection is None:

@@ -6,8 +6,10 @@ Keys and values are shared by the three branches; compressors and gates (made fr
 parameters of the inner attention. What torchtitan does, and what becomes of it:
 
     masks     causal; attention_masks (of the backends flex and varlen, which NSA replaces): error.
-    documents begin where positions do not go on by one, as torchtitan's data loaders say. To read
-              them breaks torch.compile's graph, which torchtitan's compile makes an error.
+    documents begin where positions do not go on by one, as torchtitan's data loaders say. They are
+              read, which torchtitan's compile and its CUDA graphs do not allow: error, unless
+              positions are None and each sequence one document. Elsewhere: compile.enable = False
+              (its default) and training.disable_cuda_graphs = True.
     RoPE      applied before, by positions.
     GQA       n_kv_heads, not repeated.
     CP        torchtitan's dealing of each sequence as it is: load balancer headtail (zig-zag) or
@@ -30,7 +32,7 @@ from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
 
 import nsa
-from nsa.adapters._shared import attend, check_same, check_scale, group_of, plan_of_positions
+from nsa.adapters._shared import attend, check_heads, check_scale, group_of, plan_of_positions
 from nsa.module import Compressor, CoreAttention
 
 _SHARDINGS = {"headtail": "zigzag", None: "contiguous"}
@@ -137,13 +139,9 @@ class NSAConverter(ModelConfigConverter):
             attention = layer.attention
             if type(attention) is not GQAttention.Config:
                 raise ValueError(f"layers: have {type(attention)}, must have GQAttention.Config")
+            n_kv_heads = attention.n_kv_heads or attention.n_heads
             head_dim = attention.head_dim or attention.dim // attention.n_heads
-            check_same(
-                num_q_heads=(attention.n_heads, config.num_q_heads),
-                num_kv_heads=(attention.n_kv_heads or attention.n_heads, config.num_kv_heads),
-                head_dim_qk=(head_dim, config.head_dim_qk),
-                head_dim_v=(head_dim, config.head_dim_v),
-            )
+            check_heads(config, attention.n_heads, n_kv_heads, head_dim)
             fields = {f.name: getattr(attention, f.name) for f in dataclasses.fields(attention)}
             fields["inner_attention"] = NSAInnerAttention.Config(**self.options)
             layers.append(dataclasses.replace(layer, attention=NSAGQAttention.Config(**fields)))
