@@ -105,7 +105,9 @@ def test_documents_are_independent():
     assert torch.equal(packed, model(ids, position_ids=PACKED, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("kind, checkpointing", [("llama", False), ("llama", True), ("qwen3", True)])
+@pytest.mark.parametrize(
+    "kind, checkpointing", [("llama", False), ("llama", True), ("qwen3", True)]
+)
 def test_training(kind, checkpointing):
     model = make_model(kind)
     adapter.attach(model, CONFIG)
@@ -158,9 +160,7 @@ def test_generate():
     inputs = {"attention_mask": torch.ones(2, 70), "max_new_tokens": 5, "do_sample": False}
     for beams in (1, 2):
         options = {**inputs, "num_beams": beams, "use_cache": False}
-        assert torch.equal(
-            ours.generate(prompt, **options), model.generate(prompt, **options)
-        )
+        assert torch.equal(ours.generate(prompt, **options), model.generate(prompt, **options))
         with pytest.raises(ValueError, match="1 queries, 71 keys.*use_cache=False"):
             ours.generate(prompt, **inputs, num_beams=beams)
     with pytest.raises(ValueError, match="70 queries, 74 keys.*use_cache=False"):

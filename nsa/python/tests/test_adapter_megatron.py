@@ -1,5 +1,5 @@
-"""NSA in Megatron-core's own layers and models, on the CPU with gloo groups. What Megatron only does
-on GPUs (dealing of RoPE's tables and of thd batches) is done here as it does."""
+"""NSA in Megatron-core's own layers and models, on the CPU with gloo groups. What Megatron does on
+GPUs only (dealing RoPE's tables and thd batches) is done here as it does."""
 
 import pytest
 

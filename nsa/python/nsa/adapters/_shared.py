@@ -28,9 +28,7 @@ def check_heads(config: Config, num_q_heads: int, num_kv_heads: int, head_dim: i
         "head_dim_v": head_dim,
     }.items():
         if theirs != getattr(config, name):
-            raise ValueError(
-                f"nsa.Config.{name} = {getattr(config, name)}: the model has {theirs}"
-            )
+            raise ValueError(f"nsa.Config.{name} = {getattr(config, name)}: the model has {theirs}")
 
 
 def check_scale(config: Config, scale: float | None) -> None:
