@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 
 import pytest
 
@@ -206,40 +205,48 @@ def assert_trains_alike(alone, model, ids, positions, my_ids, my_positions):
     assert_same(gradients, of)
 
 
+def deal(ids, positions, dims, load_balancer):
+    """What this rank holds of each, as torchtitan's trainer deals them."""
+    ids, _, others = prepare_context_parallel_input(
+        ids, ids, {"positions": positions}, dims.get_mesh("cp"), "cpu", load_balancer
+    )
+    return ids, others["positions"]
+
+
 def two_ranks(rank, size):
     torch.set_num_threads(1)
     parallel_dims.device_type = "cpu"
     dist.init_process_group("gloo")
-    texts, alone = [], make_model()
+    alone, texts = make_model(), []
 
-    for load_balancer, ac in (("headtail", FullAC.Config()), (None, SelectiveAC.Config())):
-        for batch in (1, 2):
-            if batch > 1 and load_balancer is None:
-                continue
-            ids = make_ids(batch)
-            positions = PACKED if batch == 1 else torch.arange(TOKENS).expand(batch, -1)
-            model, dims = parallelize(
-                alone, ac=ac, load_balancer=load_balancer, context_parallel_degree=size
-            )
-            shard = functools.partial(
-                prepare_context_parallel_input,
-                cp_mesh=dims.get_mesh("cp"),
-                device="cpu",
-                load_balancer_type=load_balancer,
-            )
-            mine, _, inputs = shard(ids, ids, {"positions": positions})
-            assert_trains_alike(alone, model, ids, positions, mine, inputs["positions"])
-        _, _, inputs = shard(ids, ids, {"positions": PACKED})
-        for positions in (None, 7 + torch.arange(TOKENS // size)[None], inputs["positions"]):
-            batch = 2 if positions is inputs["positions"] else 1
+    for load_balancer, ac, positions in (
+        ("headtail", FullAC.Config(), PACKED),
+        ("headtail", None, torch.arange(TOKENS).expand(2, -1)),
+        (None, SelectiveAC.Config(), PACKED),
+    ):
+        ids = make_ids(len(positions))
+        model, dims = parallelize(
+            alone, ac=ac, load_balancer=load_balancer, context_parallel_degree=size
+        )
+        mine = deal(ids, positions, dims, load_balancer)
+        assert_trains_alike(alone, model, ids, positions, *mine)
+
+    for load_balancer in ("headtail", None):
+        model, dims = parallelize(alone, load_balancer=load_balancer, context_parallel_degree=size)
+        ids, positions = deal(make_ids(), PACKED, dims, load_balancer)
+        for batch, wrong in (
+            (1, None),
+            (1, 7 + torch.arange(TOKENS // size)[None]),
+            (2, positions),
+        ):
             try:
-                model(mine[:1].expand(batch, -1), positions=positions)
+                model(ids.expand(batch, -1), positions=wrong)
             except ValueError as error:
                 texts.append(str(error))
 
-    ids = make_ids(2)
+    ids, mine = make_ids(2), slice(rank, rank + 1)
     model, _ = parallelize(alone, compile=True, ac=SelectiveAC.Config())
-    assert_trains_alike(alone, model, ids, None, ids[rank : rank + 1], None)
+    assert_trains_alike(alone, model, ids, None, ids[mine], None)
     try:
         model(ids, positions=PACKED)
     except torch._dynamo.exc.Unsupported as error:
@@ -250,9 +257,9 @@ def two_ranks(rank, size):
 def test_two_ranks_against_one():
     """FSDP2, context parallelism, activation checkpointing and compile, as torchtitan applies them
     to a model."""
-    dealing = ["must be given", "put together", "batch of 2"]
+    expected = ["must be given", "put together", "batch of 2"] * 2 + ["documents are read"]
     for texts in ranks.run(two_ranks, 2):
-        for text, part in zip(texts, [*dealing, *dealing, "documents are read"], strict=True):
+        for text, part in zip(texts, expected, strict=True):
             assert part in text
 
 
