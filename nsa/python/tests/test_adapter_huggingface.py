@@ -1,6 +1,7 @@
 """NSA in Hugging Face models: tiny ones, with random weights."""
 
 import copy
+import itertools
 
 import pytest
 
@@ -8,7 +9,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import torch.distributed as dist  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 import nsa  # noqa: E402
 import ranks  # noqa: E402
@@ -26,22 +27,28 @@ from adapter_testing import (  # noqa: E402
 )
 
 from nsa.adapters import huggingface as adapter  # noqa: E402
+from nsa.adapters._shared import plan_of_ends  # noqa: E402
 
 CONFIG = make_config(compressor="mlp")
 SIZES = dict(
     vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=64,
-    num_attention_heads=4, num_key_value_heads=2,
+    num_attention_heads=4, num_key_value_heads=2, num_experts=2, num_local_experts=2,
+    num_experts_per_tok=1, moe_intermediate_size=64, pad_token_id=0,
 )  # fmt: skip
-MODELS = {
-    "llama": lambda **options: LlamaForCausalLM(LlamaConfig(**SIZES, **options)),
-    "qwen3": lambda **options: Qwen3ForCausalLM(Qwen3Config(**SIZES, **options)),
-}
-PACKED = torch.cat([torch.arange(length) for length in (100, 37, 163)])[None]
+MODELS = ("llama", "qwen3")
+OTHER_MODELS = ("cohere", "gemma", "glm4", "mixtral", "olmo2", "phi3", "qwen3_moe")
+
+
+def positions(*lengths):
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+PACKED = positions(100, 37, 163)
 
 
 def make_model(kind="llama", **options):
     torch.manual_seed(0)
-    return MODELS[kind](**options)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **options))
 
 
 def make_ids(batch, tokens=300):
@@ -62,9 +69,11 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("branch", DENSE_BRANCHES)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind, branch, inputs",
+    [*itertools.product(MODELS, DENSE_BRANCHES, INPUTS)]
+    + [(kind, "window", "batch") for kind in OTHER_MODELS],
+)
 def test_dense_branch_is_sdpa(kind, branch, inputs):
     model, inputs = make_model(kind, attn_implementation="sdpa"), INPUTS[inputs]
     ours = copy.deepcopy(model)
@@ -98,9 +107,11 @@ def test_documents_are_independent():
     assert torch.equal(packed, model(ids, position_ids=PACKED, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training(checkpointing):
-    model = make_model()
+@pytest.mark.parametrize(
+    "kind, checkpointing", [("llama", False), ("llama", True), ("qwen3", True)]
+)
+def test_training(kind, checkpointing):
+    model = make_model(kind)
     adapter.attach(model, CONFIG)
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -117,17 +128,48 @@ def test_training(checkpointing):
     assert all(p.grad.norm() > 0 for name, p in model.named_parameters() if is_ours(name))
 
 
-def test_generate_without_cache_is_sdpa():
+def test_compile():
+    """Of the whole model; the graph breaks where the documents are read."""
+    model = make_model()
+    adapter.attach(model, CONFIG)
+    perturb(model)
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="documents are read"):
+        whole(make_ids(1), use_cache=False)
+    run = torch.compile(model, backend="aot_eager")
+    inputs = {"labels": make_ids(1), "use_cache": False}
+    run(make_ids(1), position_ids=PACKED, **inputs).loss.backward()
+    model.zero_grad()
+    with torch.compiler.set_stance("fail_on_recompile"):  # for other documents
+        actual = run(make_ids(1), position_ids=positions(163, 137), **inputs)
+    actual.loss.backward()
+    gradients = gradients_of(model)
+    model.zero_grad()
+    expected = model(make_ids(1), position_ids=positions(163, 137), **inputs)
+    expected.loss.backward()
+    torch.testing.assert_close(actual.logits, expected.logits, **TOLERANCE)
+    assert_same(gradients, gradients_of(model))
+
+
+def test_generate():
+    """Without a KV cache; with one of any kind the error says so."""
     model = make_model(attn_implementation="sdpa")
     ours = copy.deepcopy(model)
     adapter.attach(ours, DENSE)
     only(2, ours)
-    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": False}
-    mask = torch.ones(1, 70)
-    expected = model.generate(make_ids(1, 70), attention_mask=mask, **options)
-    assert torch.equal(ours.generate(make_ids(1, 70), attention_mask=mask, **options), expected)
-    with pytest.raises(ValueError, match="1 queries, 71 keys.*use_cache=False"):
-        ours.generate(make_ids(1, 70), attention_mask=mask, max_new_tokens=5)
+    prompt = make_ids(2, 70)
+    inputs = {"attention_mask": torch.ones(2, 70), "max_new_tokens": 5, "do_sample": False}
+    for beams in (1, 2):
+        options = {**inputs, "num_beams": beams, "use_cache": False}
+        assert torch.equal(ours.generate(prompt, **options), model.generate(prompt, **options))
+        with pytest.raises(ValueError, match="1 queries, 71 keys.*use_cache=False"):
+            ours.generate(prompt, **inputs, num_beams=beams)
+    with pytest.raises(ValueError, match="70 queries, 74 keys.*use_cache=False"):
+        ours.generate(prompt, **inputs, cache_implementation="static")
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][0, :5] = 0
+    with pytest.raises(ValueError, match="on the right only"):
+        ours.generate(prompt, **inputs, use_cache=False)
 
 
 def test_state_dict(tmp_path):
@@ -137,7 +179,7 @@ def test_state_dict(tmp_path):
     adapter.attach(model, CONFIG)
     perturb(model)
     model.save_pretrained(tmp_path)
-    other = LlamaForCausalLM.from_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path)
     adapter.attach(other, CONFIG)
     other.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert torch.equal(
@@ -184,15 +226,30 @@ def test_what_cannot_be_honoured():
         dropping = make_model(attention_dropout=0.1)
         adapter.attach(dropping, CONFIG)
         dropping.train()(make_ids(1))
-    with pytest.raises(ValueError, match="sliding_window|mask"):
-        sliding = make_model(
-            "qwen3",
-            use_sliding_window=True,
-            sliding_window=64,
-            layer_types=["sliding_attention"] * 2,
-        )
-        adapter.attach(sliding, CONFIG)
-        sliding(make_ids(1))
+    for kind, text in {
+        "mistral": "mask: ",  # a sliding window
+        "gemma2": "mask: ",
+        "deepseek_v3": "head_dim_qk = 64: the model has None",
+        "granite": "softmax scale = 1.0",
+    }.items():
+        with pytest.raises(ValueError, match=text):
+            other = make_model(kind)
+            adapter.attach(other, CONFIG)
+            other(make_ids(1), use_cache=False)
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_documents_in_a_cuda_graph(monkeypatch):
+    """Even those that were read before: a graph would keep them, whatever it is launched with."""
+    ends = torch.tensor([0, 300]).as_subclass(OnGpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert plan_of_ends(ends) == plan_of_ends(torch.tensor([0, 300]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match="documents: cannot be read"):
+        plan_of_ends(ends)
 
 
 def masks_that_are_not_causal_documents():
@@ -220,22 +277,21 @@ def context_parallel(rank, size):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     ids, target = make_ids(1, 320), make_ids(1, 320).roll(-1)
-    packed = torch.cat([torch.arange(length) for length in (100, 37, 183)])[None]
     alone, sharded = make_model(), make_model()
     adapter.attach(alone, CONFIG)
     adapter.attach(sharded, CONFIG, dist.group.WORLD)
     for model in (alone, sharded):
         perturb(model)
     plan = nsa.Plan(320, size, sharding="zigzag")
-    for positions in (torch.arange(320)[None], packed):
+    for position_ids in (positions(320), positions(100, 37, 183)):
         expected = alone(
-            ids, position_ids=positions, shift_labels=target, labels=target, use_cache=False
+            ids, position_ids=position_ids, shift_labels=target, labels=target, use_cache=False
         )
         expected.loss.backward()
         mine = {
             name: plan.shard(tensor, rank, dim=1)
             for name, tensor in dict(
-                input_ids=ids, position_ids=positions, shift_labels=target, labels=target
+                input_ids=ids, position_ids=position_ids, shift_labels=target, labels=target
             ).items()
         }
         actual = sharded(**mine, use_cache=False)

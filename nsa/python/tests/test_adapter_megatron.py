@@ -1,5 +1,5 @@
-"""NSA in Megatron-core's own layers, on the CPU with gloo groups. What Megatron only does on GPUs
-(RoPE tables of sbhd under context parallelism, dealing of thd batches) is done here as it does."""
+"""NSA in Megatron-core's own layers and models, on the CPU with gloo groups. What Megatron does on
+GPUs only (dealing RoPE's tables and thd batches) is done here as it does."""
 
 import pytest
 
@@ -8,8 +8,15 @@ pytest.importorskip("megatron.core")
 
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.models.common.embeddings import rotary_pos_embedding  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType  # noqa: E402
 from megatron.core.transformer.spec_utils import build_module  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
@@ -30,7 +37,7 @@ from adapter_testing import (  # noqa: E402
 from nsa.adapters.megatron import NSACoreAttention, get_nsa_layer_spec  # noqa: E402
 
 CONFIG = make_config(compressor="mlp")
-HIDDEN, TOKENS = 64, 320
+HIDDEN, TOKENS, VOCABULARY = 64, 320, 64
 # Padded to multiples of 4, for two ranks.
 ENDS, PADDED_ENDS = [0, 98, 134, 310], [0, 100, 136, 320]
 
@@ -53,14 +60,33 @@ def make_layer(config=CONFIG, **fields):
     return layer
 
 
-def packed_seq_params(padded=True):
-    ends, padded_ends = torch.tensor([ENDS, PADDED_ENDS], dtype=torch.int32)
-    if not padded:
-        return PackedSeqParams("thd", cu_seqlens_q=padded_ends, cu_seqlens_kv=padded_ends)
-    return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends,
-        cu_seqlens_q_padded=padded_ends, cu_seqlens_kv_padded=padded_ends.clone(),
-    )  # fmt: skip
+def make_gpt(groups=None, **fields):
+    torch.manual_seed(0)
+    model = GPTModel(
+        make_transformer_config(num_layers=2, calculate_per_token_loss=True, **fields),
+        get_nsa_layer_spec(get_gpt_layer_local_spec(), CONFIG),
+        vocab_size=VOCABULARY,
+        max_sequence_length=TOKENS,
+        position_embedding_type="rope",
+        pg_collection=groups,
+    )
+    perturb(model)
+    return model
+
+
+def make_ids(batch):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, VOCABULARY, (batch, TOKENS), generator=generator)
+
+
+def packed_seq_params(ends=ENDS, padded_ends=PADDED_ENDS):
+    """Of documents with padding between them; none with `ends` None."""
+    padded_q, padded_kv = torch.tensor([padded_ends] * 2, dtype=torch.int32)
+    lengths = {"max_seqlen_q": TOKENS, "max_seqlen_kv": TOKENS}
+    if ends is None:
+        return PackedSeqParams("thd", padded_q, padded_kv, **lengths)
+    ends = torch.tensor(ends, dtype=torch.int32)
+    return PackedSeqParams("thd", ends, ends, padded_q, padded_kv, **lengths)
 
 
 def rope(positions):
@@ -69,21 +95,36 @@ def rope(positions):
     return torch.cat([angles, angles], -1)[:, None, None]
 
 
+def deal(tensor, group=None):
+    """[B,T,...] as Megatron deals batches."""
+    return get_batch_on_this_cp_rank({"": tensor.contiguous()}, group)[""]
+
+
+def use_cpu(patch):
+    """Megatron keeps tables and random states on the current GPU."""
+    patch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    no_state = torch.empty(0, dtype=torch.uint8)
+    patch.setattr(torch.cuda.random, "get_rng_state", lambda **_: no_state)
+    patch.setattr(
+        rotary_pos_embedding,
+        "get_pos_emb_on_this_cp_rank",
+        lambda table, dim, group: deal(table.transpose(0, 1), group).transpose(0, 1),
+    )
+
+
 @pytest.fixture(scope="module")
 def megatron():
-    """One rank's groups, and what this process had before."""
-    import os
-
-    saved = dict(os.environ)
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(saved)
+    """One rank's groups; and what this process had before."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_cpu(patch)
+        rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in rank.items():
+            patch.setenv(name, value)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        yield
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def direct(core, q, k, v, plan):
@@ -142,7 +183,8 @@ def test_one_sequence_is_not_copied(megatron, monkeypatch):
 def test_thd_is_nsa_attention(megatron, padded):
     core = make_layer().self_attention.core_attention
     q, k, v = make_qkv(TOKENS)
-    o = core(q, k, v, None, packed_seq_params=packed_seq_params(padded))
+    packed = packed_seq_params(ENDS if padded else None)
+    o = core(q, k, v, None, packed_seq_params=packed)
     assert o.shape == (TOKENS, 4 * 64)
     real = torch.cat([
         torch.arange(begin, begin + length)
@@ -234,45 +276,85 @@ def test_calls_that_cannot_be_honoured(megatron):
         get_nsa_layer_spec(get_nsa_layer_spec(get_gpt_layer_local_spec(), CONFIG), CONFIG)
 
 
+RECOMPUTE = {
+    "none": {},
+    "full": {
+        "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
+    },
+    "selective": {"recompute_granularity": "selective"},  # core attention
+}  # fmt: skip
+
+
+def test_training(megatron, monkeypatch):
+    """GPTModel, with and without activation checkpointing."""
+    run, calls = nsa.Engine.run_forward, []
+    monkeypatch.setattr(
+        nsa.Engine, "run_forward",
+        lambda self, *arguments: calls.append(1) or run(self, *arguments),
+    )  # fmt: skip
+    ids, losses = make_ids(2), {}
+    for name, fields in RECOMPUTE.items():
+        model = make_gpt(**fields)
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        losses[name], steps = [], 4
+        calls.clear()
+        for _ in range(steps):
+            loss = model(ids, None, None, labels=ids).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(float(loss.detach()))
+        assert len(calls) == steps * 2 * (1 if name == "none" else 2)
+        assert losses[name] == pytest.approx(losses["none"], rel=1e-4)
+    assert losses["none"][-1] < losses["none"][0] - 0.1, losses
+
+
+def test_compile(megatron):
+    core = make_layer().self_attention.core_attention
+    leaves = make_qkv(TOKENS, 1)
+    run = torch.compile(core, backend="aot_eager", fullgraph=True)
+    compare(run(*leaves, None), core(*leaves, None), [*leaves, *core.parameters()])
+    leaves = make_qkv(TOKENS)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="documents are read"):
+        run(*leaves, None, packed_seq_params=packed_seq_params())
+    run = torch.compile(
+        lambda *qkv, packed: 2 * core(*qkv, packed_seq_params=packed), backend="aot_eager"
+    )
+    run(*leaves, None, packed=packed_seq_params())
+    other = packed_seq_params(ENDS, [0, 160, 240, TOKENS])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        o = run(*leaves, None, packed=other)
+    compare(o, 2 * core(*leaves, None, packed_seq_params=other), [*leaves, *core.parameters()])
+
+
 def context_parallel(rank, size):
     torch.set_num_threads(1)
+    use_cpu(pytest.MonkeyPatch())
     dist.init_process_group("gloo")
     parallel_state.initialize_model_parallel(context_parallel_size=size)
-    sharded = make_layer(context_parallel_size=size)
-    alone = make_layer(context_parallel_size=1)
-    generator = torch.Generator().manual_seed(3)
-    for packed in (None, packed_seq_params(False)):
-        batch = 2 if packed is None else 1
-        x, d_y = torch.randn(2, TOKENS, batch, HIDDEN, generator=generator)
-        positions = torch.arange(TOKENS)
-        if packed is None:
-            plan = nsa.Plan(TOKENS, size, sharding="zigzag")
-            dealt = get_batch_on_this_cp_rank({"x": x.transpose(0, 1).contiguous()})["x"]
-            mine = dealt.transpose(0, 1)
-            angles, my_angles = rope(positions), rope(plan.shard(positions, rank))
-        else:  # RoPE of thd deals the angles itself
-            plan = nsa.Plan(num_ranks=size, sharding="zigzag_per_document", cu_seqlens=PADDED_ENDS)
-            mine = plan.shard(x, rank)
-            angles = my_angles = rope(positions[:200])
-        if packed is not None:  # ... by the cp group, which is of one rank for `alone`
-            one = dist.new_subgroups(1)[0]
-            alone.self_attention.pg_collection.cp = one
-        y = sharded(mine, attention_mask=None, rotary_pos_emb=my_angles, packed_seq_params=packed)[
-            0
-        ]
-        y.backward(plan.shard(d_y, rank))
-        expected = alone(x, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=packed)[0]
-        expected.backward(d_y)
-        torch.testing.assert_close(plan.gather(y), expected, **TOLERANCE)
-        gradients = gradients_of(sharded)
-        for gradient in gradients.values():
-            dist.all_reduce(gradient)
+    one = ProcessGroupCollection.use_mpu_process_groups()
+    one.cp = dist.new_subgroups(1)[0]
+    alone, sharded = make_gpt(one), make_gpt(context_parallel_size=size)
+    parallel = DistributedDataParallel(sharded.config, DistributedDataParallelConfig(), sharded)
+    by_document = nsa.Plan(num_ranks=size, sharding="zigzag_per_document", cu_seqlens=PADDED_ENDS)
+    for packed in (None, packed_seq_params(None)):
+        ids = make_ids(2 if packed is None else 1)
+        mine = deal(ids) if packed is None else by_document.shard(ids, rank, dim=1)
+        plan = nsa.Plan(TOKENS, size, sharding="zigzag") if packed is None else by_document
+        expected = alone(ids, None, None, labels=ids, packed_seq_params=packed)
+        actual = parallel(mine, None, None, labels=mine, packed_seq_params=packed)
+        torch.testing.assert_close(plan.gather(actual, dim=1), expected, **TOLERANCE)
+        expected.sum().backward()
+        actual.sum().backward()
+        parallel.finish_grad_sync()
+        gradients = {name: p.main_grad for name, p in sharded.named_parameters()}
         assert_same(gradients, gradients_of(alone))
-        sharded.zero_grad()
         alone.zero_grad()
+        parallel.zero_grad_buffer()
+    core = sharded.decoder.layers[0].self_attention.core_attention
+    ends = torch.tensor([0, 99, TOKENS])
     try:
-        ends = torch.tensor([0, 99, 320])
-        sharded(mine, None, packed_seq_params=PackedSeqParams("thd", ends, ends))
+        core(*make_qkv(TOKENS // size), None, packed_seq_params=PackedSeqParams("thd", ends, ends))
     except ValueError as error:
         return str(error)
 

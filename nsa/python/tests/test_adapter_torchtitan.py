@@ -1,5 +1,6 @@
 """NSA in torchtitan's Llama 3, of a small size, on the CPU."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -8,9 +9,15 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("torchtitan")
 
 import torch.distributed as dist  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import fully_shard  # noqa: E402
-from torchtitan.distributed.context_parallel import apply_cp_to_forward, cp_shard  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
+from torch.distributed.tensor import distribute_tensor  # noqa: E402
+from torchtitan.components.loss import CrossEntropyLoss  # noqa: E402
+from torchtitan.components.optimizer import default_adamw  # noqa: E402
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig  # noqa: E402
+from torchtitan.distributed import ParallelDims, parallel_dims  # noqa: E402
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC  # noqa: E402
+from torchtitan.distributed.context_parallel import prepare_context_parallel_input  # noqa: E402
+from torchtitan.distributed.utils import clip_grad_norm_  # noqa: E402
 from torchtitan.models.common import ComplexRoPE  # noqa: E402
 from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 from torchtitan.models.llama3 import (  # noqa: E402
@@ -18,6 +25,7 @@ from torchtitan.models.llama3 import (  # noqa: E402
     llama3_configs,
     model_registry,
 )
+from torchtitan.models.llama3.parallelize import parallelize_llama  # noqa: E402
 
 import ranks  # noqa: E402
 from adapter_testing import (  # noqa: E402
@@ -55,13 +63,17 @@ def init(model, seed=0):
     return model
 
 
-def make_model(config=CONFIG, **options):
-    """As torchtitan's trainer does it."""
+def make_meta_model(config=CONFIG, **options):
     with torch.device("meta"):
         converter = NSAConverter.Config(nsa=config, **options).build()
         model = converter.convert(llama_config()).build()
     model.verify_module_protocol()
-    return init(model)
+    return model
+
+
+def make_model(config=CONFIG, **options):
+    """As torchtitan's trainer does it."""
+    return init(make_meta_model(config, **options))
 
 
 def make_dense():
@@ -106,19 +118,28 @@ def test_documents_are_independent():
     assert not torch.allclose(packed, model(make_ids()))
 
 
-def test_training():
-    model = make_model(make_config(compressor="mlp"))
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    losses = []
+def train(model, ids, **inputs):
+    """Losses of some steps, as torchtitan's trainer does them, and the gradients of the first."""
+    optimizers = default_adamw(3e-3).build(model_parts=[model])
+    loss_of = CrossEntropyLoss.Config().build()
+    losses, gradients = [], {}
     for _ in range(4):
-        logits = model(make_ids(2), positions=PACKED.expand(2, -1))
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), make_ids(2).flatten())
-        optimizer.zero_grad()
+        optimizers.zero_grad()
+        loss, _ = loss_of(model(ids, **inputs), ids, torch.tensor(2 * TOKENS))
         loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+        gradients = gradients or gradients_of(model)
+        clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizers.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), gradients
+
+
+def test_training():
+    losses, gradients = train(
+        make_model(make_config(compressor="mlp")), make_ids(2), positions=PACKED.expand(2, -1)
+    )
     assert losses[-1] < losses[0] - 0.2, losses
-    assert all(p.grad.norm() > 0 for name, p in model.named_parameters() if is_ours(name))
+    assert all(gradient.norm() > 0 for name, gradient in gradients.items() if is_ours(name))
 
 
 def test_what_cannot_be_honoured():
@@ -143,79 +164,103 @@ def test_what_cannot_be_honoured():
         model.parallelize(None)
 
 
-def context_parallel(rank, size, load_balancer):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
-    alone, sharded = make_model(), make_model(load_balancer=load_balancer)
-    for model in (alone, sharded):
-        perturb(model)
-    apply_cp_to_forward(
-        [block.attention.inner_attention for block in sharded.layers.values()], mesh
+def parallelize(like, compile=False, ac=None, load_balancer="headtail", **degrees):
+    """As torchtitan's trainer does it: a model on the meta device, then its parameters."""
+    parallelism = ParallelismConfig(spmd_backend="partial_dtensor", **degrees)
+    dims = ParallelDims.from_config(parallelism, dist.get_world_size())
+    model = parallelize_llama(
+        make_meta_model(load_balancer=load_balancer),
+        parallel_dims=dims,
+        training=TrainingConfig(mixed_precision_param="float32"),
+        parallelism=parallelism,
+        compile_config=CompileConfig(enable=compile, backend="aot_eager"),
+        ac_config=ac,
+        dump_folder="",
     )
-    cases = [(make_ids(), PACKED)]
-    if load_balancer is not None:
-        cases.append((make_ids(2), torch.arange(TOKENS).expand(2, -1)))
-    for ids, positions in cases:
-        d_logits = torch.randn(*ids.shape, 2048, generator=torch.Generator().manual_seed(2)) / 100
-        (mine, my_positions, my_d_logits), _ = cp_shard(
-            mesh, (ids, positions, d_logits), None, load_balancer
+    init(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    parameters = dict(like.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            of = parameters[plain(name)]
+            if is_ours(name):
+                assert torch.equal(parameter.full_tensor(), of), name
+            parameter.copy_(distribute_tensor(of, parameter.device_mesh, parameter.placements))
+    return model, dims
+
+
+def plain(name):
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def assert_trains_alike(alone, model, ids, positions, my_ids, my_positions):
+    """Of the sum of the ranks' losses."""
+    expected, of = train(copy.deepcopy(alone), ids, positions=positions)
+    actual, gradients = train(model, my_ids, positions=my_positions)
+    dist.all_reduce(actual)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
+    gradients = {plain(name): gradient.full_tensor() for name, gradient in gradients.items()}
+    assert_same(gradients, of)
+
+
+def deal(ids, positions, dims, load_balancer):
+    """What this rank holds of each, as torchtitan's trainer deals them."""
+    ids, _, others = prepare_context_parallel_input(
+        ids, ids, {"positions": positions}, dims.get_mesh("cp"), "cpu", load_balancer
+    )
+    return ids, others["positions"]
+
+
+def two_ranks(rank, size):
+    torch.set_num_threads(1)
+    parallel_dims.device_type = "cpu"
+    dist.init_process_group("gloo")
+    alone, texts = make_model(), []
+
+    for load_balancer, ac, positions in (
+        ("headtail", FullAC.Config(), PACKED),
+        ("headtail", None, torch.arange(TOKENS).expand(2, -1)),
+        (None, SelectiveAC.Config(), PACKED),
+    ):
+        ids = make_ids(len(positions))
+        model, dims = parallelize(
+            alone, ac=ac, load_balancer=load_balancer, context_parallel_degree=size
         )
-        expected = alone(ids, positions=positions)
-        (my_expected,), _ = cp_shard(mesh, (expected.detach(),), None, load_balancer)
-        actual = sharded(mine, positions=my_positions)
-        torch.testing.assert_close(actual, my_expected, rtol=1e-3, atol=1e-4)
-        expected.backward(d_logits)
-        actual.backward(my_d_logits)
-        gradients = gradients_of(sharded)
-        for gradient in gradients.values():
-            dist.all_reduce(gradient)
-        assert_same(gradients, gradients_of(alone))
-        alone.zero_grad()
-        sharded.zero_grad()
-    texts = []
-    for batch, positions in ((1, None), (1, 7 + torch.arange(TOKENS // size)[None]), (2, PACKED)):
-        if positions is PACKED:
-            (positions,), _ = cp_shard(mesh, (PACKED,), None, load_balancer)
-        try:
-            sharded(mine[:1].expand(batch, -1), positions=positions)
-        except ValueError as error:
-            texts.append(str(error))
+        mine = deal(ids, positions, dims, load_balancer)
+        assert_trains_alike(alone, model, ids, positions, *mine)
+
+    for load_balancer in ("headtail", None):
+        model, dims = parallelize(alone, load_balancer=load_balancer, context_parallel_degree=size)
+        ids, positions = deal(make_ids(), PACKED, dims, load_balancer)
+        for batch, wrong in (
+            (1, None),
+            (1, 7 + torch.arange(TOKENS // size)[None]),
+            (2, positions),
+        ):
+            try:
+                model(ids.expand(batch, -1), positions=wrong)
+            except ValueError as error:
+                texts.append(str(error))
+
+    ids, mine = make_ids(2), slice(rank, rank + 1)
+    model, _ = parallelize(alone, compile=True, ac=SelectiveAC.Config())
+    assert_trains_alike(alone, model, ids, None, ids[mine], None)
+    try:
+        model(ids, positions=PACKED)
+    except torch._dynamo.exc.Unsupported as error:
+        texts.append(str(error))
     return texts
 
 
-@pytest.mark.parametrize("load_balancer", ["headtail", None])
-def test_two_context_parallel_ranks_against_one(load_balancer):
-    for texts in ranks.run(context_parallel, 2, load_balancer):
-        for text, part in zip(texts, ("must be given", "put together", "batch of 2"), strict=True):
+def test_two_ranks_against_one():
+    """FSDP2, context parallelism, activation checkpointing and compile, as torchtitan applies them
+    to a model."""
+    expected = ["must be given", "put together", "batch of 2"] * 2 + ["documents are read"]
+    for texts in ranks.run(two_ranks, 2):
+        for text, part in zip(texts, expected, strict=True):
             assert part in text
-
-
-def fsdp(rank, size):
-    """torchtitan shards a model on the meta device, then initialises it."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    with torch.device("meta"):
-        model = NSAConverter.Config(nsa=CONFIG).build().convert(llama_config()).build()
-    for block in model.layers.values():
-        fully_shard(block)
-    fully_shard(model)
-    init(model)
-    expected = make_model()
-    checked = 0
-    for (name, parameter), of in zip(model.named_parameters(), expected.parameters()):
-        if is_ours(name):
-            assert torch.equal(parameter.full_tensor(), of), name
-            checked += 1
-    logits = model(make_ids(), positions=PACKED)
-    logits.sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad.full_tensor().isfinite().all(), name
-    return checked
-
-
-def test_sharded_parameters():
-    assert ranks.run(fsdp, 2) == [12, 12]
 
 
 def test_readme():

@@ -8,6 +8,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsa.config import Config
 from nsa.group import Group
+from nsa.module import CoreAttention
 from nsa.plan import Plan
 
 
@@ -18,11 +19,16 @@ def group_of(process_group) -> Group:
     return Group.from_process_group(process_group)
 
 
-def check_same(**pairs) -> None:
-    """ValueError unless both of each (what the stack says, what nsa.Config says) are equal."""
-    for name, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            raise ValueError(f"nsa.Config.{name} = {ours}: the model has {theirs}")
+def check_heads(config: Config, num_q_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    """ValueError unless config has what the stack's attention has."""
+    for name, theirs in {
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim_qk": head_dim,
+        "head_dim_v": head_dim,
+    }.items():
+        if theirs != getattr(config, name):
+            raise ValueError(f"nsa.Config.{name} = {getattr(config, name)}: the model has {theirs}")
 
 
 def check_scale(config: Config, scale: float | None) -> None:
@@ -33,7 +39,7 @@ def check_scale(config: Config, scale: float | None) -> None:
         raise ValueError(f"softmax scale = {scale}: nsa.Config.softmax_scale is {ours}")
 
 
-def once_per_tensor(function):
+def _once_per_tensor(function):
     """`function` of a tensor and hashable arguments, which is called again for the same tensor only
     when that has changed: reading a GPU's tensor waits for the GPU, and all layers are given the
     same one."""
@@ -41,6 +47,8 @@ def once_per_tensor(function):
 
     @functools.wraps(function)
     def wrapper(tensor, *arguments):
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError("documents: cannot be read where a CUDA graph is captured")
         key = (0 if tensor.is_inference() else tensor._version, *arguments)
         last_key, value = kept.get(tensor, (None, None))
         if last_key != key:
@@ -51,13 +59,33 @@ def once_per_tensor(function):
     return wrapper
 
 
-@once_per_tensor
-def plan_of_positions(positions: torch.Tensor, process_group, sharding: str) -> Plan:
-    """Of B sequences by the positions [B,T] of this rank's tokens. A document begins with each
-    sequence and where a position is not one more than the one before. Collective over
-    `process_group` (None: this rank alone), whose ranks were dealt each sequence by `sharding`,
-    "zigzag" or "contiguous"; there documents count from 0."""
-    batch, tokens = positions.shape
+@_once_per_tensor
+def _plan_of_ends(cu_seqlens, num_ranks):
+    cu_seqlens = cu_seqlens.cpu()
+    if num_ranks > 1 and (cu_seqlens.diff() % (2 * num_ranks)).any():
+        raise ValueError(
+            f"cu_seqlens: with {num_ranks} context-parallel ranks every document's (padded) length "
+            f"must be a multiple of {2 * num_ranks}"
+        )
+    return Plan(num_ranks=num_ranks, sharding="zigzag_per_document", cu_seqlens=cu_seqlens)
+
+
+def plan_of_ends(cu_seqlens_q, cu_seqlens_k=None, num_ranks: int = 1) -> Plan:
+    """Of packed documents, each of which is dealt to all ranks in zig-zag."""
+    plan = _plan_of_ends(cu_seqlens_q, num_ranks)
+    if cu_seqlens_k is not None and _plan_of_ends(cu_seqlens_k, num_ranks) != plan:
+        raise ValueError("cu_seqlens of queries and keys: must be equal")
+    return plan
+
+
+@_once_per_tensor
+def plan_of_positions(positions: torch.Tensor, batch: int, process_group, sharding: str) -> Plan:
+    """Of `batch` sequences by the positions [batch,T], or [1,T] if they are alike, of this rank's
+    tokens. A document begins with each sequence and where a position is not one more than the one
+    before. Collective over `process_group` (None: this rank alone), whose ranks were dealt each
+    sequence by `sharding`, "zigzag" or "contiguous"; there documents count from 0."""
+    positions = positions.expand(batch, -1)
+    tokens = positions.shape[1]
     size = 1 if process_group is None else dist.get_world_size(process_group)
     if size > 1:
         whole = Plan(size * tokens, size, sharding=sharding)
@@ -79,3 +107,10 @@ def plan_of_positions(positions: torch.Tensor, process_group, sharding: str) -> 
         sharding = "zigzag_per_document"
     ends = begins.flatten().nonzero().flatten().tolist()
     return Plan(num_ranks=size, sharding=sharding, cu_seqlens=[*ends, begins.numel()])
+
+
+@torch.compiler.disable(reason="nsa.adapters: documents are read from a tensor's contents")
+def attend(core: CoreAttention, q, k, v, make_plan, *arguments) -> torch.Tensor:
+    """core(q, k, v) by the plan make_plan(*arguments), which depends on the contents of tensors:
+    torch.compile's graph breaks here, but nothing is compiled anew for other documents."""
+    return core(q, k, v, plan=make_plan(*arguments))

@@ -20,6 +20,9 @@ it:
     CP        Transformers deals nothing: the caller gives each rank of `process_group` its tokens,
               as nsa.Plan(S, P, sharding="zigzag").shard() does, and their position_ids, by which
               the dealing is checked, and labels as shift_labels.
+    compile   torch.compile's graph breaks in each layer, where position_ids (which models make if
+              they are not given) or cu_seq_lens_q are read; with fullgraph, and where a CUDA graph
+              is captured: error.
     decoding  generate(use_cache=False) computes everything anew for each token. A step with a KV
               cache: error.
 """
@@ -29,15 +32,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function
 
 from nsa.adapters._shared import (
-    check_same,
+    attend,
+    check_heads,
     check_scale,
     group_of,
-    once_per_tensor,
+    plan_of_ends,
     plan_of_positions,
 )
 from nsa.config import Config
 from nsa.module import CoreAttention
-from nsa.plan import Plan
 
 # Arguments of an attention that say nothing about its result.
 _NO_MATTER = {
@@ -78,24 +81,14 @@ def nsa_mask(*, q_length, kv_length, mask_function, attention_mask=None, **_) ->
         raise ValueError("attention_mask: with NSA it may pad sequences on the right only")
 
 
-@once_per_tensor
-def _plan_of_documents(cu_seqlens):
-    return Plan(cu_seqlens=cu_seqlens.cpu())
-
-
-def _make_plan(core, batch, position_ids, cu_seq_lens_q, cu_seq_lens_k):
+def _make_plan(process_group, batch, position_ids, cu_seq_lens_q, cu_seq_lens_k):
     if cu_seq_lens_q is not None:
-        plan = _plan_of_documents(cu_seq_lens_q)
-        if cu_seq_lens_k is not None and plan != _plan_of_documents(cu_seq_lens_k):
-            raise ValueError("cu_seq_lens_q, cu_seq_lens_k: must be equal")
-        if core.process_group is not None:
+        if process_group is not None:
             raise ValueError("cu_seq_lens_q: with context parallelism position_ids say it")
-        return plan
+        return plan_of_ends(cu_seq_lens_q, cu_seq_lens_k)
     if position_ids is not None:
-        if len(position_ids) != batch:
-            position_ids = position_ids.expand(batch, -1)
-        return plan_of_positions(position_ids, core.process_group, "zigzag")
-    if core.process_group is not None:
+        return plan_of_positions(position_ids, batch, process_group, "zigzag")
+    if process_group is not None:
         raise ValueError("position_ids: must be given with context parallelism")
     return None
 
@@ -127,8 +120,9 @@ def nsa_attention(
             raise ValueError(f"{name}: cannot be honoured with NSA")
     check_scale(core.config, scaling)
     _check_length(query.shape[2], key.shape[2])
-    plan = _make_plan(core, len(query), position_ids, cu_seq_lens_q, cu_seq_lens_k)
-    return core(*(x.transpose(1, 2) for x in (query, key, value)), plan=plan), None
+    documents = core.process_group, len(query), position_ids, cu_seq_lens_q, cu_seq_lens_k
+    qkv = (x.transpose(1, 2) for x in (query, key, value))
+    return attend(core, *qkv, _make_plan, *documents), None
 
 
 AttentionInterface.register("nsa", nsa_attention)
@@ -150,16 +144,10 @@ def attach(model: PreTrainedModel, config: Config, process_group=None, **core_op
     if not attentions:
         raise ValueError(f"{type(model).__name__}: has no attention with is_causal and layer_idx")
     text = model.config.get_text_config()
+    q_heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", q_heads)
     for module in attentions:
-        check_same(
-            num_q_heads=(text.num_attention_heads, config.num_q_heads),
-            num_kv_heads=(
-                getattr(text, "num_key_value_heads", text.num_attention_heads),
-                config.num_kv_heads,
-            ),
-            head_dim_qk=(getattr(module, "head_dim", None), config.head_dim_qk),
-            head_dim_v=(getattr(module, "head_dim", None), config.head_dim_v),
-        )
+        check_heads(config, q_heads, kv_heads, getattr(module, "head_dim", None))
         if not module.is_causal:
             raise ValueError(f"{type(module).__name__}: is_causal must be True")
     group = None if process_group is None else group_of(process_group)

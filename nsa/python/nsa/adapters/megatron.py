@@ -22,6 +22,8 @@ parameters of the core attention. What Megatron does, and what becomes of it:
               cp_comm_type other than p2p, hierarchical and hybrid context parallelism: error.
     gradients parameters' are of this rank's tokens; Megatron sums them over data and context
               parallel ranks.
+    compile   torch.compile traces sbhd as a whole; its graph breaks at thd, where the documents are
+              read (with fullgraph: error). Where a CUDA graph is captured thd is an error.
     inference error, with any inference context.
 """
 
@@ -40,10 +42,9 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
-from nsa.adapters._shared import check_same, check_scale, group_of, once_per_tensor
+from nsa.adapters._shared import attend, check_heads, check_scale, group_of, plan_of_ends
 from nsa.config import Config
 from nsa.module import CoreAttention
-from nsa.plan import Plan
 
 # What a TransformerConfig must say.
 _REQUIRED = {
@@ -69,17 +70,6 @@ _REQUIRED = {
 def _require(name, value, *allowed):
     if value not in allowed:
         raise ValueError(f"{name} = {value}: with NSA it must be {allowed[0]}")
-
-
-@once_per_tensor
-def _plan_of_documents(cu_seqlens, num_ranks):
-    cu_seqlens = cu_seqlens.cpu()
-    if (cu_seqlens.diff() % (2 * num_ranks)).any() and num_ranks > 1:
-        raise ValueError(
-            f"packed_seq_params: with context_parallel_size = {num_ranks} every document's "
-            f"(padded) length must be a multiple of {2 * num_ranks}"
-        )
-    return Plan(num_ranks=num_ranks, sharding="zigzag_per_document", cu_seqlens=cu_seqlens)
 
 
 class NSACoreAttention(MegatronModule):
@@ -109,11 +99,8 @@ class NSACoreAttention(MegatronModule):
         _require("attn_mask_type", attn_mask_type, AttnMaskType.causal)
         _require("attention_type", attention_type, "self")
         _require("cp_comm_type", cp_comm_type, "p2p", None)
-        check_same(
-            num_q_heads=(config.num_attention_heads, nsa_config.num_q_heads),
-            num_kv_heads=(config.num_query_groups, nsa_config.num_kv_heads),
-            head_dim_qk=(config.kv_channels, nsa_config.head_dim_qk),
-            head_dim_v=(config.kv_channels, nsa_config.head_dim_v),
+        check_heads(
+            nsa_config, config.num_attention_heads, config.num_query_groups, config.kv_channels
         )
         check_scale(nsa_config, softmax_scale)
         if pg_collection is None:
@@ -162,19 +149,16 @@ class NSACoreAttention(MegatronModule):
             return self.core(*qkv).transpose(0, 1).flatten(2)
         packed = packed_seq_params
         _require("packed_seq_params.qkv_format", packed.qkv_format, "thd")
-        _require("packed_seq_params.cp_group", getattr(packed, "cp_group", None), None)
-        _require("packed_seq_params.local_cp_size", getattr(packed, "local_cp_size", None), None)
-        ends_q, ends_kv = (
+        for name in ("cp_group", "local_cp_size"):
+            _require(f"packed_seq_params.{name}", getattr(packed, name, None), None)
+        ends = (
             ends if padded is None else padded
             for ends, padded in (
                 (packed.cu_seqlens_q, packed.cu_seqlens_q_padded),
                 (packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded),
             )
         )
-        plan = _plan_of_documents(ends_q, self.cp_size)
-        if ends_kv is not ends_q and plan != _plan_of_documents(ends_kv, self.cp_size):
-            raise ValueError("packed_seq_params: cu_seqlens_q and cu_seqlens_kv must be equal")
-        return self.core(query, key, value, plan=plan).flatten(1)
+        return attend(self.core, query, key, value, plan_of_ends, *ends, self.cp_size).flatten(1)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """For distributed checkpoints: every parameter is dealt to the TP ranks by heads."""

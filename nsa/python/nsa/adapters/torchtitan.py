@@ -6,8 +6,10 @@ Keys and values are shared by the three branches; compressors and gates (made fr
 parameters of the inner attention. What torchtitan does, and what becomes of it:
 
     masks     causal; attention_masks (of the backends flex and varlen, which NSA replaces): error.
-    documents begin where positions do not go on by one, as torchtitan's data loaders say. To read
-              them breaks torch.compile's graph, which torchtitan's compile makes an error.
+    documents begin where positions do not go on by one, as torchtitan's data loaders say. They are
+              read, which torchtitan's compile and its CUDA graphs do not allow: error, unless
+              positions are None and each sequence one document. Elsewhere: compile.enable = False
+              (its default) and training.disable_cuda_graphs = True.
     RoPE      applied before, by positions.
     GQA       n_kv_heads, not repeated.
     CP        torchtitan's dealing of each sequence as it is: load balancer headtail (zig-zag) or
@@ -30,24 +32,18 @@ from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
 
 import nsa
-from nsa.adapters._shared import check_same, check_scale, group_of, plan_of_positions
+from nsa.adapters._shared import attend, check_heads, check_scale, group_of, plan_of_positions
 from nsa.module import Compressor, CoreAttention
 
 _SHARDINGS = {"headtail": "zigzag", None: "contiguous"}
 
 
-class _Part(Module):
-    """torchtitan's trainer wants all modules to be its own."""
-
-    def _init_self_parameters(self):
-        pass  # NSAInnerAttention does
-
-
-class _Compressor(Compressor, _Part):
+# torchtitan wants all modules to be its own.
+class _Compressor(Compressor, Module):
     pass
 
 
-class _Core(CoreAttention, _Part):
+class _Core(CoreAttention, Module):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.compress_k.__class__ = self.compress_v.__class__ = _Compressor
@@ -72,9 +68,6 @@ class NSAInnerAttention(ScaledDotProductAttention):
         self.sharding = _SHARDINGS[config.load_balancer]
         self.core = _Core(config.nsa, gate_from_query=True, **config.core_options)
 
-    def reset_parameters(self) -> None:
-        self.core.reset_parameters()
-
     def parallelize(self, parallel_dims) -> None:
         """torchtitan calls it for tensor parallelism and for SPMD backends that gather k and v."""
         raise ValueError(
@@ -97,24 +90,20 @@ class NSAInnerAttention(ScaledDotProductAttention):
         check_scale(self.core.config, scale)
         if not is_causal:
             raise ValueError("is_causal = False: with NSA it must be True")
-        if not isinstance(q_BLNH, DTensor):
-            return self._run(q_BLNH, k_BLNH, v_BLNH, attention_masks, None)
-        mesh, placements = q_BLNH.device_mesh, q_BLNH.placements
-        if mesh.ndim != 1 or placements != (Shard(1),):
-            raise ValueError(f"q: is a DTensor with {placements}, must have Shard(1) of cp")
-        local = (x.to_local() for x in (q_BLNH, k_BLNH, v_BLNH))
-        o = self._run(*local, attention_masks, mesh.get_group())
-        return DTensor.from_local(o, mesh, placements, run_check=False)
-
-    def _run(self, q, k, v, positions, process_group):
-        self.core.group = None if process_group is None else group_of(process_group)
-        if positions is not None:
-            plan = plan_of_positions(positions.expand(len(q), -1), process_group, self.sharding)
-        elif process_group is None:
-            plan = None
-        else:
-            raise ValueError("positions: must be given with context parallelism")
-        return self.core(q, k, v, plan=plan)
+        q, k, v, positions, group = q_BLNH, k_BLNH, v_BLNH, attention_masks, None
+        if isinstance(q, DTensor):
+            mesh, placements = q.device_mesh, q.placements
+            if mesh.ndim != 1 or placements != (Shard(1),):
+                raise ValueError(f"q: is a DTensor with {placements}, must have Shard(1) of cp")
+            if positions is None:
+                raise ValueError("positions: must be given with context parallelism")
+            q, k, v = (x.to_local() for x in (q, k, v))
+            group = mesh.get_group()
+            self.core.group = group_of(group)
+        if positions is None:
+            return self.core(q, k, v)
+        documents = positions, len(q), group, self.sharding
+        return attend(self.core, q, k, v, plan_of_positions, *documents)
 
 
 class NSAGQAttention(GQAttention):
@@ -150,13 +139,9 @@ class NSAConverter(ModelConfigConverter):
             attention = layer.attention
             if type(attention) is not GQAttention.Config:
                 raise ValueError(f"layers: have {type(attention)}, must have GQAttention.Config")
+            n_kv_heads = attention.n_kv_heads or attention.n_heads
             head_dim = attention.head_dim or attention.dim // attention.n_heads
-            check_same(
-                num_q_heads=(attention.n_heads, config.num_q_heads),
-                num_kv_heads=(attention.n_kv_heads or attention.n_heads, config.num_kv_heads),
-                head_dim_qk=(head_dim, config.head_dim_qk),
-                head_dim_v=(head_dim, config.head_dim_v),
-            )
+            check_heads(config, attention.n_heads, n_kv_heads, head_dim)
             fields = {f.name: getattr(attention, f.name) for f in dataclasses.fields(attention)}
             fields["inner_attention"] = NSAInnerAttention.Config(**self.options)
             layers.append(dataclasses.replace(layer, attention=NSAGQAttention.Config(**fields)))
