@@ -110,9 +110,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, engine, saved_bytes, sum_over_ranks, *tensors):
-        o, saved = torch.ops.nsa.forward.default(
-            *tensors, engine=engine, saved_bytes=saved_bytes
-        )
+        o, saved = torch.ops.nsa.forward.default(*tensors, engine=engine, saved_bytes=saved_bytes)
         ctx.engine, ctx.sum_over_ranks = engine, sum_over_ranks
         # Its group may let it go before the backward.
         ctx.kept = None if torch.compiler.is_compiling() else engine_of_number(engine)
@@ -176,7 +174,5 @@ def attention(
 def attention_of_number(engine: int, tensors, sum_over_ranks: bool) -> torch.Tensor:
     """attention() of what flatten() gives."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Attention.apply(
-            engine, _saved_bytes(f"{int(engine)}"), sum_over_ranks, *tensors
-        )
+        return _Attention.apply(engine, _saved_bytes(f"{int(engine)}"), sum_over_ranks, *tensors)
     return torch.ops.nsa.forward.default(*tensors, engine=engine, saved_bytes=0)[0]

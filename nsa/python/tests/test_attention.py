@@ -1,6 +1,5 @@
 """nsa.attention on one rank."""
 
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -228,9 +227,7 @@ def test_operations_keep_their_promises(group):
         {"engine": engine.number, "saved_bytes": 0},
         test_utils=("test_schema", "test_faketensor"),
     )
-    o, saved = torch.ops.nsa.forward(
-        *tensors, engine=engine.number, saved_bytes=engine.saved_bytes
-    )
+    o, saved = torch.ops.nsa.forward(*tensors, engine=engine.number, saved_bytes=engine.saved_bytes)
     torch.library.opcheck(
         torch.ops.nsa.backward.default,
         (o, saved, *tensors),

@@ -197,7 +197,9 @@ def test_plans_that_change(device):
         alone.group = nsa.Group.local(device)
         expected = alone(*inputs, plan=plan)
         assert torch.equal(o, expected)
-        gradients, of = (torch.autograd.grad(y.float().square().sum(), inputs) for y in (o, expected))
+        gradients, of = (
+            torch.autograd.grad(y.float().square().sum(), inputs) for y in (o, expected)
+        )
         assert all(map(torch.equal, gradients, of))
 
 

@@ -15,8 +15,7 @@ parameters of the core attention. What Megatron does, and what becomes of it:
               several are, to transpose them.
     thd       [t,heads,dim] with packed_seq_params: documents of cu_seqlens_q_padded, or else of
               cu_seqlens_q, over all ranks. Padding at a document's end is seen by padding alone, so
-              the result is exact. An engine is made for each new cu_seqlens (nsa.Group.max_engines
-              are kept).
+              the result is exact. Each new cu_seqlens takes an engine, in the others' memory.
     CP        the tokens as Megatron deals them (2P chunks of each document, rank r holds r and
               2P-1-r), not reordered, over the cp group of pg_collection, or else parallel_state's.
               cp_comm_type other than p2p, hierarchical and hybrid context parallelism: error.
