@@ -14,11 +14,17 @@ _TENSORS = "Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor? k_slc, Tensor? v_slc, 
     + ", ".join(f"Tensor? {name.replace('.', '_')}=None" for name in _library.INPUTS[8:])
 )
 _ops = torch.library.Library("nsa", "DEF")
-_ops.define(f"forward({_TENSORS}, *, int engine, int saved_bytes) -> (Tensor o, Tensor saved)")
-_ops.define(
-    f"backward(Tensor d_o, Tensor saved, {_TENSORS}, *, int engine, bool[] wanted, "
-    "bool sum_over_ranks) -> Tensor[]"
-)
+# "traced" is for graphs, which may learn only as they run which engine they use. In eager code it
+# would cost several microseconds a call.
+for _overload, _int in (("", "int"), (".traced", "SymInt")):
+    _ops.define(
+        f"forward{_overload}({_TENSORS}, *, {_int} engine, {_int} saved_bytes) "
+        "-> (Tensor o, Tensor saved)"
+    )
+    _ops.define(
+        f"backward{_overload}(Tensor d_o, Tensor saved, {_TENSORS}, *, {_int} engine, "
+        "bool[] wanted, bool sum_over_ranks) -> Tensor[]"
+    )
 
 
 def _fake_forward(*tensors, engine, saved_bytes):
@@ -63,11 +69,16 @@ def _fake_backward(d_o, saved, *tensors, engine, wanted, sum_over_ranks):
     return [gradient for gradient in _empty_gradients(tensors, wanted) if gradient is not None]
 
 
-for _device in ("CPU", "CUDA"):
-    _ops.impl("forward", _forward, _device)
-    _ops.impl("backward", _backward, _device)
-torch.library.register_fake("nsa::forward", _fake_forward, lib=_ops)
-torch.library.register_fake("nsa::backward", _fake_backward, lib=_ops)
+for _overload in ("", ".traced"):
+    for _device in ("CPU", "CUDA"):
+        _ops.impl(f"forward{_overload}", _forward, _device)
+        _ops.impl(f"backward{_overload}", _backward, _device)
+    torch.library.register_fake(f"nsa::forward{_overload}", _fake_forward, lib=_ops)
+    torch.library.register_fake(f"nsa::backward{_overload}", _fake_backward, lib=_ops)
+
+
+def _overload_of(operation):
+    return operation.traced if torch.compiler.is_compiling() else operation.default
 
 
 # The place of each of this rank's tokens in its document, [T] int64. An operation, so that traced
@@ -105,12 +116,23 @@ def _saved_bytes(engine: str) -> int:
     return count
 
 
+# The same of an engine that is known only when the graph runs.
+_ops.define("saved_bytes(SymInt engine) -> SymInt")
+_ops.impl("saved_bytes", lambda engine: _saved_bytes(str(engine)), "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("nsa::saved_bytes", lib=_ops)
+def _fake_saved_bytes(engine):
+    return torch.library.get_ctx().new_dynamic_size()
+
+
 class _Attention(torch.autograd.Function):
     # Not registered with nsa::forward, which would take ten times as long (DESIGN.md).
 
     @staticmethod
     def forward(ctx, engine, saved_bytes, sum_over_ranks, *tensors):
-        o, saved = torch.ops.nsa.forward.default(*tensors, engine=engine, saved_bytes=saved_bytes)
+        forward = _overload_of(torch.ops.nsa.forward)
+        o, saved = forward(*tensors, engine=engine, saved_bytes=saved_bytes)
         ctx.engine, ctx.sum_over_ranks = engine, sum_over_ranks
         # Its group may let it go before the backward.
         ctx.kept = None if torch.compiler.is_compiling() else engine_of_number(engine)
@@ -124,16 +146,15 @@ class _Attention(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         if d_o.stride(-1) != 1:  # such as the gradient of a sum
             d_o = d_o.contiguous()
-        given = iter(
-            torch.ops.nsa.backward.default(
-                d_o,
-                saved,
-                *tensors,
-                engine=ctx.engine,
-                wanted=wanted,
-                sum_over_ranks=ctx.sum_over_ranks,
-            )
+        gradients = _overload_of(torch.ops.nsa.backward)(
+            d_o,
+            saved,
+            *tensors,
+            engine=ctx.engine,
+            wanted=wanted,
+            sum_over_ranks=ctx.sum_over_ranks,
         )
+        given = iter(gradients)
         return (None, None, None, *(next(given) if is_wanted else None for is_wanted in wanted))
 
 
@@ -174,5 +195,18 @@ def attention(
 def attention_of_number(engine: int, tensors, sum_over_ranks: bool) -> torch.Tensor:
     """attention() of what flatten() gives."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Attention.apply(engine, _saved_bytes(f"{int(engine)}"), sum_over_ranks, *tensors)
-    return torch.ops.nsa.forward.default(*tensors, engine=engine, saved_bytes=0)[0]
+        if _is_symbol(engine):
+            saved_bytes = torch.ops.nsa.saved_bytes(engine)
+        else:
+            saved_bytes = _saved_bytes(f"{int(engine)}")
+        return _Attention.apply(engine, saved_bytes, sum_over_ranks, *tensors)
+    return _overload_of(torch.ops.nsa.forward)(*tensors, engine=engine, saved_bytes=0)[0]
+
+
+def _is_symbol(number) -> bool:
+    """Whether it is traced, and differs from run to run of a graph."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(number)

@@ -1,14 +1,16 @@
 """What the adapters share."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsa.config import Config
 from nsa.group import Group
-from nsa.module import CoreAttention
+from nsa.module import CoreAttention, _modules
 from nsa.plan import Plan
 
 
@@ -109,8 +111,47 @@ def plan_of_positions(positions: torch.Tensor, batch: int, process_group, shardi
     return Plan(num_ranks=size, sharding=sharding, cu_seqlens=[*ends, begins.numel()])
 
 
-@torch.compiler.disable(reason="nsa.adapters: documents are read from a tensor's contents")
-def attend(core: CoreAttention, q, k, v, make_plan, *arguments) -> torch.Tensor:
-    """core(q, k, v) by the plan make_plan(*arguments), which depends on the contents of tensors:
-    torch.compile's graph breaks here, but nothing is compiled anew for other documents."""
-    return core(q, k, v, plan=make_plan(*arguments))
+class Documents(NamedTuple):
+    """In place of a plan: tensors that say what the documents are. They are read by an operation,
+    so that torch.compile traces through and compiles nothing anew for other documents."""
+
+    tensors: list[torch.Tensor]  # positions, or cu_seqlens of q and perhaps of k, as above
+    group_name: str = ""  # of the process group of plan_of_positions()
+
+
+class Core(CoreAttention):
+    """A CoreAttention that may be given Documents as its plan."""
+
+    positions_sharding = "zigzag"  # as plan_of_positions() is told
+
+    def engine_number(self, q, plan=None) -> int:
+        if not isinstance(plan, Documents):
+            return super().engine_number(q, plan)
+        tensors, name = plan
+        return torch.ops.nsa.engine_of_documents(q, tensors, core=self.number, group_name=name)
+
+
+_ops = torch.library.Library("nsa", "FRAGMENT")
+_ops.define(
+    "engine_of_documents(Tensor q, Tensor[] documents, *, int core, str group_name) -> SymInt"
+)
+
+
+def _engine_of_documents(q, documents, *, core, group_name):
+    core = _modules[core]
+    if documents[0].dim() == 1:
+        plan = plan_of_ends(*documents, num_ranks=core.group.size if core.group else 1)
+    else:
+        process_group = _resolve_process_group(group_name) if group_name else None
+        if process_group is not None:
+            core.group = group_of(process_group)
+        plan = plan_of_positions(documents[0], len(q), process_group, core.positions_sharding)
+    return core.engine_number(q, plan)
+
+
+_ops.impl("engine_of_documents", _engine_of_documents, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("nsa::engine_of_documents", lib=_ops)
+def _fake_engine_of_documents(q, documents, *, core, group_name):
+    return torch.library.get_ctx().new_dynamic_size()

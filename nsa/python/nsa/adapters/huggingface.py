@@ -20,9 +20,9 @@ it:
     CP        Transformers deals nothing: the caller gives each rank of `process_group` its tokens,
               as nsa.Plan(S, P, sharding="zigzag").shard() does, and their position_ids, by which
               the dealing is checked, and labels as shift_labels.
-    compile   torch.compile's graph breaks in each layer, where position_ids (which models make if
-              they are not given) or cu_seq_lens_q are read; with fullgraph, and where a CUDA graph
-              is captured: error.
+    compile   torch.compile traces it as a whole, and compiles nothing anew for other documents; its
+              graph breaks where an attention_mask is checked. Where a CUDA graph is captured:
+              error, as position_ids (which models make if they are not given) are read.
     decoding  generate(use_cache=False) computes everything anew for each token. A step with a KV
               cache: error.
 """
@@ -31,16 +31,8 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from nsa.adapters._shared import (
-    attend,
-    check_heads,
-    check_scale,
-    group_of,
-    plan_of_ends,
-    plan_of_positions,
-)
+from nsa.adapters._shared import Core, Documents, check_heads, check_scale, group_of
 from nsa.config import Config
-from nsa.module import CoreAttention
 
 # Arguments of an attention that say nothing about its result.
 _NO_MATTER = {
@@ -81,14 +73,14 @@ def nsa_mask(*, q_length, kv_length, mask_function, attention_mask=None, **_) ->
         raise ValueError("attention_mask: with NSA it may pad sequences on the right only")
 
 
-def _make_plan(process_group, batch, position_ids, cu_seq_lens_q, cu_seq_lens_k):
+def _documents(group_name, position_ids, cu_seq_lens_q, cu_seq_lens_k):
     if cu_seq_lens_q is not None:
-        if process_group is not None:
+        if group_name:
             raise ValueError("cu_seq_lens_q: with context parallelism position_ids say it")
-        return plan_of_ends(cu_seq_lens_q, cu_seq_lens_k)
+        return Documents([cu_seq_lens_q] + ([] if cu_seq_lens_k is None else [cu_seq_lens_k]))
     if position_ids is not None:
-        return plan_of_positions(position_ids, batch, process_group, "zigzag")
-    if process_group is not None:
+        return Documents([position_ids], group_name)
+    if group_name:
         raise ValueError("position_ids: must be given with context parallelism")
     return None
 
@@ -120,9 +112,8 @@ def nsa_attention(
             raise ValueError(f"{name}: cannot be honoured with NSA")
     check_scale(core.config, scaling)
     _check_length(query.shape[2], key.shape[2])
-    documents = core.process_group, len(query), position_ids, cu_seq_lens_q, cu_seq_lens_k
-    qkv = (x.transpose(1, 2) for x in (query, key, value))
-    return attend(core, *qkv, _make_plan, *documents), None
+    documents = _documents(core.group_name, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    return core(*(x.transpose(1, 2) for x in (query, key, value)), plan=documents), None
 
 
 AttentionInterface.register("nsa", nsa_attention)
@@ -153,7 +144,7 @@ def attach(model: PreTrainedModel, config: Config, process_group=None, **core_op
     group = None if process_group is None else group_of(process_group)
     for module in attentions:
         like = next(module.parameters())
-        module.nsa = CoreAttention(
+        module.nsa = Core(
             config,
             group,
             gate_from_query=True,
@@ -161,5 +152,5 @@ def attach(model: PreTrainedModel, config: Config, process_group=None, **core_op
             dtype=like.dtype,
             **core_options,
         )
-        module.nsa.process_group = process_group
+        module.nsa.group_name = process_group.group_name if process_group else ""
     model.set_attn_implementation("nsa")

@@ -21,8 +21,8 @@ parameters of the core attention. What Megatron does, and what becomes of it:
               cp_comm_type other than p2p, hierarchical and hybrid context parallelism: error.
     gradients parameters' are of this rank's tokens; Megatron sums them over data and context
               parallel ranks.
-    compile   torch.compile traces sbhd as a whole; its graph breaks at thd, where the documents are
-              read (with fullgraph: error). Where a CUDA graph is captured thd is an error.
+    compile   torch.compile traces it as a whole, and compiles nothing anew for other documents.
+              Where a CUDA graph is captured thd is an error, as documents are read.
     inference error, with any inference context.
 """
 
@@ -41,9 +41,8 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
-from nsa.adapters._shared import attend, check_heads, check_scale, group_of, plan_of_ends
+from nsa.adapters._shared import Core, Documents, check_heads, check_scale, group_of
 from nsa.config import Config
-from nsa.module import CoreAttention
 
 # What a TransformerConfig must say.
 _REQUIRED = {
@@ -111,7 +110,7 @@ class NSACoreAttention(MegatronModule):
         self.cp_size = config.context_parallel_size
         if self.cp_size > 1:
             _require("context_parallel_size", self.cp_size, pg_collection.cp.size())
-        self.core = CoreAttention(
+        self.core = Core(
             dataclasses.replace(
                 nsa_config,
                 num_q_heads=nsa_config.num_q_heads // tp_size,
@@ -157,7 +156,7 @@ class NSACoreAttention(MegatronModule):
                 (packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded),
             )
         )
-        return attend(self.core, query, key, value, plan_of_ends, *ends, self.cp_size).flatten(1)
+        return self.core(query, key, value, plan=Documents(list(ends))).flatten(1)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """For distributed checkpoints: every parameter is dealt to the TP ranks by heads."""

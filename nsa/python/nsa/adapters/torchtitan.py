@@ -6,10 +6,10 @@ Keys and values are shared by the three branches; compressors and gates (made fr
 parameters of the inner attention. What torchtitan does, and what becomes of it:
 
     masks     causal; attention_masks (of the backends flex and varlen, which NSA replaces): error.
-    documents begin where positions do not go on by one, as torchtitan's data loaders say. They are
-              read, which torchtitan's compile and its CUDA graphs do not allow: error, unless
-              positions are None and each sequence one document. Elsewhere: compile.enable = False
-              (its default) and training.disable_cuda_graphs = True.
+    documents begin where positions do not go on by one, as torchtitan's data loaders say. Compiled
+              blocks are compiled once for all documents. They are read in every step, which CUDA
+              graphs do not allow: training.disable_cuda_graphs must be True, unless positions are
+              None and each sequence one document.
     RoPE      applied before, by positions.
     GQA       n_kv_heads, not repeated.
     CP        torchtitan's dealing of each sequence as it is: load balancer headtail (zig-zag) or
@@ -32,8 +32,8 @@ from torchtitan.protocols.model import ModelConfigConverter
 from torchtitan.protocols.module import Module
 
 import nsa
-from nsa.adapters._shared import attend, check_heads, check_scale, group_of, plan_of_positions
-from nsa.module import Compressor, CoreAttention
+from nsa.adapters._shared import Core, Documents, check_heads, check_scale
+from nsa.module import Compressor
 
 _SHARDINGS = {"headtail": "zigzag", None: "contiguous"}
 
@@ -43,7 +43,7 @@ class _Compressor(Compressor, Module):
     pass
 
 
-class _Core(CoreAttention, Module):
+class _Core(Core, Module):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.compress_k.__class__ = self.compress_v.__class__ = _Compressor
@@ -65,8 +65,8 @@ class NSAInnerAttention(ScaledDotProductAttention):
             raise ValueError(
                 f"load_balancer = {config.load_balancer!r}: must be 'headtail' or None"
             )
-        self.sharding = _SHARDINGS[config.load_balancer]
         self.core = _Core(config.nsa, gate_from_query=True, **config.core_options)
+        self.core.positions_sharding = _SHARDINGS[config.load_balancer]
 
     def parallelize(self, parallel_dims) -> None:
         """torchtitan calls it for tensor parallelism and for SPMD backends that gather k and v."""
@@ -90,7 +90,7 @@ class NSAInnerAttention(ScaledDotProductAttention):
         check_scale(self.core.config, scale)
         if not is_causal:
             raise ValueError("is_causal = False: with NSA it must be True")
-        q, k, v, positions, group = q_BLNH, k_BLNH, v_BLNH, attention_masks, None
+        q, k, v, positions, group_name = q_BLNH, k_BLNH, v_BLNH, attention_masks, ""
         if isinstance(q, DTensor):
             mesh, placements = q.device_mesh, q.placements
             if mesh.ndim != 1 or placements != (Shard(1),):
@@ -98,12 +98,9 @@ class NSAInnerAttention(ScaledDotProductAttention):
             if positions is None:
                 raise ValueError("positions: must be given with context parallelism")
             q, k, v = (x.to_local() for x in (q, k, v))
-            group = mesh.get_group()
-            self.core.group = group_of(group)
-        if positions is None:
-            return self.core(q, k, v)
-        documents = positions, len(q), group, self.sharding
-        return attend(self.core, q, k, v, plan_of_positions, *documents)
+            group_name = mesh.get_group().group_name
+        documents = None if positions is None else Documents([positions], group_name)
+        return self.core(q, k, v, plan=documents)
 
 
 class NSAGQAttention(GQAttention):
