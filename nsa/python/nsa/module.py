@@ -10,7 +10,7 @@ from torch import nn
 
 from nsa._library import PARAMS
 from nsa.config import Config
-from nsa.engine import flatten
+from nsa.engine import Engine, flatten
 from nsa.group import Group
 from nsa.ops import attention_of_number
 from nsa.plan import Plan, plan_of_number
@@ -91,27 +91,71 @@ class Compressor(nn.Module):
         return [getattr(self, name, None) for name in PARAMS]
 
 
-# By CoreAttention.number: how a function that is traced as a constant finds a module.
-_modules = weakref.WeakValueDictionary()
+class EngineSource:
+    """Where modules get engines from; see engine_source()."""
+
+    def __init__(self, config, group, sharding, options):
+        self.config, self.group, self.sharding, self.options = config, group, sharding, options
+        self.number = next(_numbers)
+        self.traced = set()  # engines that compiled code knows by number only
+
+    def __reduce__(self):
+        return engine_source, (self.config, self.group, self.sharding, self.options)
+
+    def make_plan(self, batch: int, tokens: int, num_ranks: int) -> Plan:
+        """Of `batch` documents of num_ranks * tokens tokens."""
+        if batch > 1 and num_ranks > 1 and self.sharding != "zigzag_per_document":
+            raise ValueError(
+                f"batch of {batch} sequences: sharding = {self.sharding!r} does not deal each of "
+                "them to all ranks; give a plan, or use 'zigzag_per_document'"
+            )
+        length = num_ranks * tokens
+        ends = range(0, batch * length + 1, length)
+        return Plan(num_ranks=num_ranks, sharding=self.sharding, cu_seqlens=ends)
+
+    def engine(self, dtype, device, batch: int, tokens: int, plan: Plan | None) -> Engine:
+        """Of this rank's `batch` sequences of `tokens` tokens; makes it, which is collective, when
+        there is none."""
+        group = self.group or _local_group(str(device))
+        plan = plan or self.make_plan(batch, tokens, group.size)
+        if plan.tokens_of_rank(group.rank) != batch * tokens:
+            raise ValueError(
+                f"q: has {batch * tokens} tokens, must have {plan.tokens_of_rank(group.rank)}, as "
+                f"the plan deals rank {group.rank}"
+            )
+        return group.engine(self.config, plan, dtype=dtype, **self.options)
+
+
 _numbers = itertools.count()
+_sources = weakref.WeakValueDictionary()  # by what they are made of
+_sources_by_number = weakref.WeakValueDictionary()
+
+
+def engine_source(config: Config, group: Group | None, sharding: str, options: dict):
+    """The EngineSource of these: modules alike share it, so that torch.compile, to which it is a
+    number, need not compile each layer of a model anew."""
+    key = (config, group, sharding, *sorted(options.items()))
+    source = _sources.get(key)
+    if source is None:
+        source = _sources[key] = EngineSource(config, group, sharding, dict(options))
+        _sources_by_number[source.number] = source
+    return source
+
+
+def source_of_number(number: int) -> EngineSource:
+    return _sources_by_number[number]
 
 
 @torch.compiler.assume_constant_result
 def _engine_number(numbers, dtype, device) -> int:
-    """Of the engine for the module and plan (or -1) of these numbers, batch and tokens, which it
-    makes when there is none. torch.compile calls it while it traces."""
-    module, plan, batch, tokens = map(int, numbers.split())
-    module = _modules[module]
-    group = module.group or _local_group(str(device))
-    plan = module.make_plan(batch, tokens, group.size) if plan < 0 else plan_of_number(plan)
-    if plan.tokens_of_rank(group.rank) != batch * tokens:
-        raise ValueError(
-            f"q: has {batch * tokens} tokens, must have {plan.tokens_of_rank(group.rank)}, as the "
-            f"plan deals rank {group.rank}"
-        )
-    engine = group.engine(module.config, plan, dtype=dtype, **module.engine_options)
+    """Of the engine for the source and plan (or -1) of these numbers, batch and tokens.
+    torch.compile calls it while it traces."""
+    source, plan, batch, tokens = map(int, numbers.split())
+    source = source_of_number(source)
+    plan = None if plan < 0 else plan_of_number(plan)
+    engine = source.engine(dtype, device, batch, tokens, plan)
     if torch.compiler.is_compiling():
-        module.traced_engines.add(engine)
+        source.traced.add(engine)
     return engine.number
 
 
@@ -156,7 +200,7 @@ class CoreAttention(nn.Module):
             device, dtype: of the parameters.
         """
         super().__init__()
-        self.config, self.group, self.sharding = config, group, sharding
+        self.config, self.sharding = config, sharding
         self.sum_over_ranks = sum_over_ranks
         dims = config.head_dim_qk, config.head_dim_v
         hidden = [compressor_hidden or 2 * dim for dim in dims]
@@ -177,17 +221,17 @@ class CoreAttention(nn.Module):
             self.gate_bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
             self.gate_weight = self.gate_bias = None
-        self._register()
+        self.group = group
         self.reset_parameters()
 
-    def _register(self):
-        self.number = next(_numbers)
-        _modules[self.number] = self
-        self.traced_engines = set()  # what was compiled knows them by number only
+    @property
+    def group(self) -> Group | None:
+        return self.source.group
 
-    def __setstate__(self, state):  # of a copy
-        super().__setstate__(state)
-        self._register()
+    @group.setter
+    def group(self, group):
+        self.source = engine_source(self.config, group, self.sharding, self.engine_options)
+        self.source_number = self.source.number
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -198,24 +242,13 @@ class CoreAttention(nn.Module):
             self.gate_weight.zero_()
             self.gate_bias.zero_()
 
-    def make_plan(self, batch: int, tokens: int, num_ranks: int) -> Plan:
-        """Of `batch` documents of num_ranks * tokens tokens."""
-        if batch > 1 and num_ranks > 1 and self.sharding != "zigzag_per_document":
-            raise ValueError(
-                f"batch of {batch} sequences: sharding = {self.sharding!r} does not deal each of "
-                "them to all ranks; give a plan, or use 'zigzag_per_document'"
-            )
-        length = num_ranks * tokens
-        ends = range(0, batch * length + 1, length)
-        return Plan(num_ranks=num_ranks, sharding=self.sharding, cu_seqlens=ends)
-
     def engine_number(self, q: torch.Tensor, plan: Plan | None = None) -> int:
         """Of the engine that forward() of this q and plan uses, for what is traced; makes it, which
         is collective, when there is none."""
         batch = 1 if q.dim() == 3 else q.shape[0]
         number = -1 if plan is None else plan.number
         # int() and a text are what torch.compile makes constants of, where these have changed.
-        numbers = f"{int(self.number)} {int(number)} {int(batch)} {int(q.shape[-3])}"
+        numbers = f"{int(self.source_number)} {int(number)} {int(batch)} {int(q.shape[-3])}"
         return _engine_number(numbers, q.dtype, q.device)
 
     def forward(
@@ -235,7 +268,8 @@ class CoreAttention(nn.Module):
             gate: [T,Hq,3] or [B,T,Hq,3], after its sigmoid; None with gate_from_query.
             plan: how the sequence is dealt to the ranks, B*T tokens to this one; None: B documents
                 of P*T tokens, `sharding`. Plans that change make engines anew, which share their
-                memory: of a group, the last Group.max_engines are kept.
+                memory: of a group, the last Group.max_engines are kept. torch.compile traces each
+                plan anew.
 
         Returns:
             o [T,Hq,Dv] or [B,T,Hq,Dv].

@@ -7,6 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+
 import nsa  # noqa: E402
 import reference  # noqa: E402
 from torch_testing import (  # noqa: E402
@@ -220,7 +222,9 @@ def test_state_dict_round_trip(device):
 def test_copies_are_modules_of_their_own(device):
     layer, x = make_layer(device), make_x(device)
     copied = copy.deepcopy(layer)
-    assert copied.core.number != layer.core.number
+    assert torch.equal(copied(x), layer(x))
+    copied.core.group = nsa.Group.local(device)
+    assert layer.core.group is None and copied.core.group is not None
     assert torch.equal(copied(x), layer(x))
 
 
@@ -260,6 +264,17 @@ def test_compiled_training(device, backend):
         torch.testing.assert_close(parameter, of, rtol=tolerance, atol=tolerance)
     with torch.no_grad():
         assert relative_error(compiled(x), expected(x)) < tolerance
+
+
+def test_layers_alike_are_compiled_once(device):
+    """Else a model of more layers than torch's limit of recompilations would not compile."""
+    counter = CompileCounterWithBackend("aot_eager")
+    layers = [make_layer(device) for _ in range(3)]
+    compiled = [torch.compile(layer, fullgraph=True, backend=counter) for layer in layers]
+    x = make_x(device)
+    for layer, of in zip(compiled, layers):
+        assert relative_error(layer(x), of(x)) < TOLERANCE[x.dtype]
+    assert counter.frame_count == 1
 
 
 def test_compiled_for_many(device):

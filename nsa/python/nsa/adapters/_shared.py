@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsa.config import Config
 from nsa.group import Group
-from nsa.module import CoreAttention, _modules
+from nsa.module import CoreAttention, engine_source, source_of_number
 from nsa.plan import Plan
 
 
@@ -127,31 +127,40 @@ class Core(CoreAttention):
     def engine_number(self, q, plan=None) -> int:
         if not isinstance(plan, Documents):
             return super().engine_number(q, plan)
-        tensors, name = plan
-        return torch.ops.nsa.engine_of_documents(q, tensors, core=self.number, group_name=name)
+        return torch.ops.nsa.engine_of_documents(
+            q,
+            plan.tensors,
+            source=self.source_number,
+            sharding=self.positions_sharding,
+            group_name=plan.group_name,
+        )
 
 
 _ops = torch.library.Library("nsa", "FRAGMENT")
 _ops.define(
-    "engine_of_documents(Tensor q, Tensor[] documents, *, int core, str group_name) -> SymInt"
+    "engine_of_documents(Tensor q, Tensor[] documents, *, int source, str sharding, "
+    "str group_name) -> SymInt"
 )
 
 
-def _engine_of_documents(q, documents, *, core, group_name):
-    core = _modules[core]
+def _engine_of_documents(q, documents, *, source, sharding, group_name):
+    source = source_of_number(source)
+    batch, tokens = (1 if q.dim() == 3 else len(q)), q.shape[-3]
     if documents[0].dim() == 1:
-        plan = plan_of_ends(*documents, num_ranks=core.group.size if core.group else 1)
+        plan = plan_of_ends(*documents, num_ranks=source.group.size if source.group else 1)
     else:
         process_group = _resolve_process_group(group_name) if group_name else None
+        plan = plan_of_positions(documents[0], batch, process_group, sharding)
         if process_group is not None:
-            core.group = group_of(process_group)
-        plan = plan_of_positions(documents[0], len(q), process_group, core.positions_sharding)
-    return core.engine_number(q, plan)
+            source = engine_source(
+                source.config, group_of(process_group), source.sharding, source.options
+            )
+    return source.engine(q.dtype, q.device, batch, tokens, plan).number
 
 
 _ops.impl("engine_of_documents", _engine_of_documents, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("nsa::engine_of_documents", lib=_ops)
-def _fake_engine_of_documents(q, documents, *, core, group_name):
+def _fake_engine_of_documents(q, documents, *, source, sharding, group_name):
     return torch.library.get_ctx().new_dynamic_size()
