@@ -102,28 +102,30 @@ class EngineSource:
     def __reduce__(self):
         return engine_source, (self.config, self.group, self.sharding, self.options)
 
-    def make_plan(self, batch: int, tokens: int, num_ranks: int) -> Plan:
-        """Of `batch` documents of num_ranks * tokens tokens."""
-        if batch > 1 and num_ranks > 1 and self.sharding != "zigzag_per_document":
-            raise ValueError(
-                f"batch of {batch} sequences: sharding = {self.sharding!r} does not deal each of "
-                "them to all ranks; give a plan, or use 'zigzag_per_document'"
-            )
-        length = num_ranks * tokens
-        ends = range(0, batch * length + 1, length)
-        return Plan(num_ranks=num_ranks, sharding=self.sharding, cu_seqlens=ends)
-
     def engine(self, dtype, device, batch: int, tokens: int, plan: Plan | None) -> Engine:
         """Of this rank's `batch` sequences of `tokens` tokens; makes it, which is collective, when
         there is none."""
         group = self.group or _local_group(str(device))
-        plan = plan or self.make_plan(batch, tokens, group.size)
+        plan = plan or _plan_of_batch(batch, tokens, group.size, self.sharding)
         if plan.tokens_of_rank(group.rank) != batch * tokens:
             raise ValueError(
                 f"q: has {batch * tokens} tokens, must have {plan.tokens_of_rank(group.rank)}, as "
                 f"the plan deals rank {group.rank}"
             )
         return group.engine(self.config, plan, dtype=dtype, **self.options)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_of_batch(batch, tokens, num_ranks, sharding) -> Plan:
+    """Of `batch` documents of num_ranks * tokens tokens."""
+    if batch > 1 and num_ranks > 1 and sharding != "zigzag_per_document":
+        raise ValueError(
+            f"batch of {batch} sequences: sharding = {sharding!r} does not deal each of them to "
+            "all ranks; give a plan, or use 'zigzag_per_document'"
+        )
+    length = num_ranks * tokens
+    ends = range(0, batch * length + 1, length)
+    return Plan(num_ranks=num_ranks, sharding=sharding, cu_seqlens=ends)
 
 
 _numbers = itertools.count()
