@@ -102,7 +102,7 @@ class EngineSource:
     def __reduce__(self):
         return engine_source, (self.config, self.group, self.sharding, self.options)
 
-    def engine(self, dtype, device, batch: int, tokens: int, plan: Plan | None) -> Engine:
+    def engine(self, dtype, device, batch: int, tokens: int, plan=None) -> Engine:
         """Of this rank's `batch` sequences of `tokens` tokens; makes it, which is collective, when
         there is none."""
         group = self.group or _local_group(str(device))
@@ -148,17 +148,35 @@ def source_of_number(number: int) -> EngineSource:
     return _sources_by_number[number]
 
 
+def batch_and_tokens(q):
+    return (1 if q.dim() == 3 else q.shape[0]), q.shape[-3]
+
+
+# While torch.compile traces: of plain batches a constant, of plans what the graph finds as it runs.
 @torch.compiler.assume_constant_result
-def _engine_number(numbers, dtype, device) -> int:
-    """Of the engine for the source and plan (or -1) of these numbers, batch and tokens.
-    torch.compile calls it while it traces."""
-    source, plan, batch, tokens = map(int, numbers.split())
+def _constant_engine(numbers, dtype, device) -> int:
+    source, batch, tokens = map(int, numbers.split())
     source = source_of_number(source)
-    plan = None if plan < 0 else plan_of_number(plan)
-    engine = source.engine(dtype, device, batch, tokens, plan)
-    if torch.compiler.is_compiling():
-        source.traced.add(engine)
+    engine = source.engine(dtype, device, batch, tokens)
+    source.traced.add(engine)
     return engine.number
+
+
+_ops = torch.library.Library("nsa", "FRAGMENT")
+_ops.define("engine_of_plan(Tensor q, SymInt plan, *, int source) -> SymInt")
+
+
+def _engine_of_plan(q, plan, *, source):
+    plan = plan_of_number(plan)
+    return source_of_number(source).engine(q.dtype, q.device, *batch_and_tokens(q), plan).number
+
+
+_ops.impl("engine_of_plan", _engine_of_plan, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("nsa::engine_of_plan", lib=_ops)
+def _fake_engine_of_plan(q, plan, *, source):
+    return torch.library.get_ctx().new_dynamic_size()
 
 
 @functools.cache
@@ -247,11 +265,14 @@ class CoreAttention(nn.Module):
     def engine_number(self, q: torch.Tensor, plan: Plan | None = None) -> int:
         """Of the engine that forward() of this q and plan uses, for what is traced; makes it, which
         is collective, when there is none."""
-        batch = 1 if q.dim() == 3 else q.shape[0]
-        number = -1 if plan is None else plan.number
+        if not torch.compiler.is_compiling():
+            return self.source.engine(q.dtype, q.device, *batch_and_tokens(q), plan).number
+        if plan is not None:
+            return torch.ops.nsa.engine_of_plan(q, plan.number, source=self.source_number)
         # int() and a text are what torch.compile makes constants of, where these have changed.
-        numbers = f"{int(self.source_number)} {int(number)} {int(batch)} {int(q.shape[-3])}"
-        return _engine_number(numbers, q.dtype, q.device)
+        batch, tokens = batch_and_tokens(q)
+        numbers = f"{int(self.source_number)} {int(batch)} {int(tokens)}"
+        return _constant_engine(numbers, q.dtype, q.device)
 
     def forward(
         self,
@@ -270,8 +291,8 @@ class CoreAttention(nn.Module):
             gate: [T,Hq,3] or [B,T,Hq,3], after its sigmoid; None with gate_from_query.
             plan: how the sequence is dealt to the ranks, B*T tokens to this one; None: B documents
                 of P*T tokens, `sharding`. Plans that change make engines anew, which share their
-                memory: of a group, the last Group.max_engines are kept. torch.compile traces each
-                plan anew.
+                memory: of a group, the last Group.max_engines are kept. torch.compile compiles
+                nothing anew for them.
 
         Returns:
             o [T,Hq,Dv] or [B,T,Hq,Dv].
@@ -355,7 +376,8 @@ class NSAAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, kv_heads)
         gate = torch.sigmoid(self.gate_proj(x)).unflatten(-1, (config.num_q_heads, 3))
         if self.rope_theta is not None:
-            positions = torch.ops.nsa.positions(self.core.engine_number(q, plan))
+            engine = self.core.engine_number(q, plan)
+            positions = torch.ops.nsa.positions(engine, x.shape[:-1].numel(), x.device)
             half = config.head_dim_qk // 2
             powers = torch.arange(half, device=x.device, dtype=torch.float32) / half
             angles = positions.view(q.shape[:-2]).unsqueeze(-1) * self.rope_theta**-powers

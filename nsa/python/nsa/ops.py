@@ -81,9 +81,9 @@ def _overload_of(operation):
     return operation.traced if torch.compiler.is_compiling() else operation.default
 
 
-# The place of each of this rank's tokens in its document, [T] int64. An operation, so that traced
-# code can make it of the engine's number.
-_ops.define("positions(int engine) -> Tensor")
+# The place of each of this rank's `count` tokens in its document, [T] int64. An operation, so that
+# traced code can make it of the engine's number.
+_ops.define("positions(SymInt engine, SymInt count, Device device) -> Tensor")
 
 
 @functools.lru_cache(maxsize=16)
@@ -91,7 +91,7 @@ def _positions_of(plan, rank, device):
     return torch.tensor(plan.positions_in_document(rank), device=device)
 
 
-def _positions(engine):
+def _positions(engine, count, device):
     engine = engine_of_number(engine)
     return _positions_of(engine.plan, engine.rank, engine.device).clone()
 
@@ -100,10 +100,8 @@ _ops.impl("positions", _positions, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("nsa::positions", lib=_ops)
-def _fake_positions(engine):
-    engine = engine_of_number(engine)
-    count = engine.plan.tokens_of_rank(engine.rank)
-    return torch.empty(count, dtype=torch.int64, device=engine.device)
+def _fake_positions(engine, count, device):
+    return torch.empty(count, dtype=torch.int64, device=device)
 
 
 # An argument of nsa::forward, so that graphs that torch keeps from one process to the next are for

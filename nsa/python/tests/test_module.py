@@ -277,14 +277,27 @@ def test_layers_alike_are_compiled_once(device):
     assert counter.frame_count == 1
 
 
+def test_plans_that_change_are_compiled_twice_at_most(device):
+    """As a number, then as a symbol."""
+    counter = CompileCounterWithBackend("aot_eager")
+    layer, expected = make_layer(device), make_layer(device)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    x = make_x(device)
+    for end in (100, 150, 200, 250):
+        plan = nsa.Plan(cu_seqlens=[0, end, 300])
+        for module in (compiled, expected):
+            module(x, plan=plan).float().square().mean().backward()
+    assert counter.frame_count <= 2
+    for parameter, of in zip(layer.parameters(), expected.parameters()):
+        assert relative_error(parameter.grad, of.grad) < 10 * TOLERANCE[x.dtype]
+
+
 def test_compiled_for_many(device):
-    """Plans, engines and lengths that change are traced anew, not as symbols."""
+    """Engines and lengths that change are traced anew, not as symbols."""
     layer, compiled = (nsa.CoreAttention(CONFIG, nsa.Group.local(device)) for _ in range(2))
     compiled = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     inputs = make_inputs(300, device=device)
     for end in (100, 150, 200):
-        plan = nsa.Plan(cu_seqlens=[0, end, 300])
-        assert torch.equal(compiled(*inputs, plan=plan), layer(*inputs, plan=plan))
         inputs_ = make_inputs(end, device=device)
         assert torch.equal(compiled(*inputs_), layer(*inputs_))
     function = torch.compile(nsa.attention, fullgraph=True, backend="aot_eager")

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsa.config import Config
 from nsa.group import Group
-from nsa.module import CoreAttention, engine_source, source_of_number
+from nsa.module import CoreAttention, batch_and_tokens, engine_source, source_of_number
 from nsa.plan import Plan
 
 
@@ -112,8 +112,8 @@ def plan_of_positions(positions: torch.Tensor, batch: int, process_group, shardi
 
 
 class Documents(NamedTuple):
-    """In place of a plan: tensors that say what the documents are. They are read by an operation,
-    so that torch.compile traces through and compiles nothing anew for other documents."""
+    """In place of a plan: tensors that say what the documents are. In traced code an operation reads
+    them, so that torch.compile compiles nothing anew for other documents."""
 
     tensors: list[torch.Tensor]  # positions, or cu_seqlens of q and perhaps of k, as above
     group_name: str = ""  # of the process group of plan_of_positions()
@@ -127,7 +127,9 @@ class Core(CoreAttention):
     def engine_number(self, q, plan=None) -> int:
         if not isinstance(plan, Documents):
             return super().engine_number(q, plan)
-        return torch.ops.nsa.engine_of_documents(
+        compiles = torch.compiler.is_compiling()
+        engine_of = torch.ops.nsa.engine_of_documents if compiles else _engine_of_documents
+        return engine_of(
             q,
             plan.tensors,
             source=self.source_number,
@@ -145,7 +147,7 @@ _ops.define(
 
 def _engine_of_documents(q, documents, *, source, sharding, group_name):
     source = source_of_number(source)
-    batch, tokens = (1 if q.dim() == 3 else len(q)), q.shape[-3]
+    batch, tokens = batch_and_tokens(q)
     if documents[0].dim() == 1:
         plan = plan_of_ends(*documents, num_ranks=source.group.size if source.group else 1)
     else:
