@@ -484,17 +484,6 @@ void ExpectAgreement(const StageProblem& problem, const Cut& cut = {},
   zeros("dv_slc", expected.backward.dv_slc, out.dv_slc, dv, before);
 }
 
-ReferenceConfig SmallConfig() {
-  ReferenceConfig config;
-  config.num_q_heads = 4;
-  config.num_kv_heads = 2;
-  config.head_dim_qk = 64;
-  config.head_dim_v = 64;
-  config.num_selected_blocks = 5;
-  config.window_tokens = 70;
-  return config;
-}
-
 TEST(BackwardTest, StorageTypes) {
   for (DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
     for (DType gate_dtype : {DType::kF32, dtype}) {

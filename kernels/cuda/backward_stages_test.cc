@@ -23,6 +23,7 @@ namespace nsa::kernels::cuda {
 namespace {
 
 using cpu::MakeStageProblem;
+using cpu::SmallConfig;
 using cpu::StageProblem;
 using reference::CompressorKind;
 using reference::ReferenceConfig;
@@ -350,17 +351,6 @@ SelectedGradients RunSelected(const SelectedProblem& problem, const SelectedLayo
     }
   }
   return out;
-}
-
-ReferenceConfig SmallConfig() {
-  ReferenceConfig config;
-  config.num_q_heads = 4;
-  config.num_kv_heads = 2;
-  config.head_dim_qk = 64;
-  config.head_dim_v = 64;
-  config.num_selected_blocks = 5;
-  config.window_tokens = 70;
-  return config;
 }
 
 void ExpectAgreement(const SelectedProblem& problem, const SelectedLayout& layout,

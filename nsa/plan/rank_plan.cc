@@ -68,7 +68,9 @@ std::vector<Range> Joined(std::vector<Range> ranges) {
   return joined;
 }
 
-// Tokens that each branch reads for what `rank` owns or queries, own ones included.
+// Tokens that each branch reads for what a rank owns or queries, own ones included: for compression
+// and for select blocks the rest of own blocks that reach into later chunks, for the window the w-1
+// tokens before each chunk.
 struct NeededTokens {
   std::vector<Range> cmp, slc, win;
 
@@ -124,7 +126,8 @@ void ForEachChunk(const std::vector<Range>& ranges, const std::vector<Chunk>& ch
   }
 }
 
-// What `rank` needs of others, of NeededTokens::Of.
+// What `rank` needs of others, of NeededTokens::Of. By owner, then in global order, in rows one
+// after another.
 std::vector<HaloPiece> HaloOf(const ShardPlan& plan, int rank, const std::vector<Range>& needed) {
   std::vector<HaloPiece> pieces;
   ForEachChunk(needed, plan.chunks(), [&](size_t chunk, int64_t begin, int64_t end) {
@@ -187,11 +190,6 @@ std::vector<kernels::BlockRun> OwnCompressionRuns(const NsaConfig& config, const
                                                   const BlockMap& blocks, int rank) {
   return RunsThatBeginIn(plan.ChunksOfRank(rank), blocks, config.compress_stride_tokens,
                          [](const kernels::Document& d) { return d.num_cmp_blocks; });
-}
-
-std::vector<HaloPiece> HaloOf(const NsaConfig& config, const ShardPlan& plan,
-                              const BlockMap& blocks, int rank, int branches) {
-  return HaloOf(plan, rank, TokensNeededBy(config, plan, blocks, rank).Of(branches));
 }
 
 namespace {

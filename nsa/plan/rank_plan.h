@@ -42,12 +42,6 @@ struct HaloPiece {
   int64_t halo_row;  // of the first token, in the receiver's halo buffer
 };
 
-// The tokens of other ranks that `rank` needs for the branches of `branches`: for compression and
-// for select blocks the rest of own blocks that reach into later chunks, for the window the w-1
-// tokens before each chunk. By owner, then in global order, in rows one after another.
-std::vector<HaloPiece> HaloOf(const NsaConfig& config, const ShardPlan& plan,
-                              const BlockMap& blocks, int rank, int branches);
-
 // One send of a halo: local rows [row, row + num_tokens) go to `peer`.
 struct HaloSend {
   int32_t peer;

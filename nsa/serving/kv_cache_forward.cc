@@ -173,8 +173,7 @@ struct KvCacheImpl::ForwardTail {
 };
 
 // Takes its memory; needs no other rank.
-absl::StatusOr<KvCacheImpl::ForwardTail> KvCacheImpl::PrepareForwardTail(const ForwardPart& part,
-                                                                         size_t num_tensors) const {
+absl::StatusOr<KvCacheImpl::ForwardTail> KvCacheImpl::PrepareForwardTail(const ForwardPart& part) const {
   const ShardPlan& plan = part.engine.shard_plan();
   const kernels::Document& document = part.document();
   ForwardTail tail;
@@ -199,7 +198,7 @@ absl::StatusOr<KvCacheImpl::ForwardTail> KvCacheImpl::PrepareForwardTail(const F
   tail.stride_bytes = (tail.num_mine + tail.num_rows) * int64_t{dims_.num_kv_heads} *
                       std::max(dims_.head_dim_qk, dims_.head_dim_v) * SizeOf(dims_.dtype);
   absl::StatusOr<std::unique_ptr<kernels::Memory>> memory =
-      kernels_->Allocate(static_cast<int64_t>(num_tensors) * tail.stride_bytes +
+      kernels_->Allocate(static_cast<int64_t>(TailTensors(part.inputs).size()) * tail.stride_bytes +
                          static_cast<int64_t>((tail.mine.size() + 1) * sizeof(tail.mine[0])));
   if (!memory.ok()) return memory.status();
   tail.memory = *std::move(memory);
@@ -323,8 +322,7 @@ absl::Status KvCacheImpl::AppendForward(int home, SequenceId sequence, Engine& e
       NSA_RETURN_IF_ERROR(window_->Publish(stream));
       NSA_RETURN_IF_ERROR(window_->Release(stream));
     }
-    const absl::StatusOr<ForwardTail> tail =
-        PrepareForwardTail(part, TailTensors(part.inputs).size());
+    const absl::StatusOr<ForwardTail> tail = PrepareForwardTail(part);
     // Also: nothing of it is read before everyone has written.
     NSA_RETURN_IF_ERROR(Agree(*communicator_, copied.ok() ? tail.status() : copied, {}));
     return AbortOnError(*communicator_, AppendForwardTail(part, *tail));

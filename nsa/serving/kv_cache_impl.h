@@ -165,7 +165,7 @@ class KvCacheImpl final : public KvCache {
   absl::Status CopyForwardSummaries(const ForwardPart& part);
   struct ForwardTail;  // the tokens that the blocks that stay do not hold, or the lists keep
   std::vector<const ConstTensor*> TailTensors(const ForwardInputs& inputs) const;
-  absl::StatusOr<ForwardTail> PrepareForwardTail(const ForwardPart& part, size_t num_tensors) const;
+  absl::StatusOr<ForwardTail> PrepareForwardTail(const ForwardPart& part) const;
   absl::Status AppendForwardTail(const ForwardPart& part, const ForwardTail& tail);
   absl::Status CopyNow(const std::vector<const void*>& src, const std::vector<void*>& dst,
                        int64_t num_bytes, void* stream);

@@ -102,6 +102,10 @@ class EngineSource:
     def __reduce__(self):
         return engine_source, (self.config, self.group, self.sharding, self.options)
 
+    def of_group(self, group: Group | None) -> "EngineSource":
+        """The same of another group."""
+        return engine_source(self.config, group, self.sharding, self.options)
+
     def engine(self, dtype, device, batch: int, tokens: int, plan=None) -> Engine:
         """Of this rank's `batch` sequences of `tokens` tokens; makes it, which is collective, when
         there is none."""
@@ -220,7 +224,7 @@ class CoreAttention(nn.Module):
             device, dtype: of the parameters.
         """
         super().__init__()
-        self.config, self.sharding = config, sharding
+        self.config = config
         self.sum_over_ranks = sum_over_ranks
         dims = config.head_dim_qk, config.head_dim_v
         hidden = [compressor_hidden or 2 * dim for dim in dims]
@@ -230,9 +234,10 @@ class CoreAttention(nn.Module):
             )
             for dim, width in zip(dims, hidden)
         )
-        self.engine_options = dict(engine_options or {})
+        engine_options = dict(engine_options or {})
         if config.compressor == "mlp":
-            self.engine_options.setdefault("max_hidden_width", max(hidden))
+            engine_options.setdefault("max_hidden_width", max(hidden))
+        self.source = engine_source(config, group, sharding, engine_options)
         if gate_from_query:
             shape = config.num_q_heads, 3
             self.gate_weight = nn.Parameter(
@@ -241,7 +246,6 @@ class CoreAttention(nn.Module):
             self.gate_bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
             self.gate_weight = self.gate_bias = None
-        self.group = group
         self.reset_parameters()
 
     @property
@@ -250,8 +254,7 @@ class CoreAttention(nn.Module):
 
     @group.setter
     def group(self, group):
-        self.source = engine_source(self.config, group, self.sharding, self.engine_options)
-        self.source_number = self.source.number
+        self.source = self.source.of_group(group)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -268,10 +271,10 @@ class CoreAttention(nn.Module):
         if not torch.compiler.is_compiling():
             return self.source.engine(q.dtype, q.device, *batch_and_tokens(q), plan).number
         if plan is not None:
-            return torch.ops.nsa.engine_of_plan(q, plan.number, source=self.source_number)
+            return torch.ops.nsa.engine_of_plan(q, plan.number, source=self.source.number)
         # int() and a text are what torch.compile makes constants of, where these have changed.
         batch, tokens = batch_and_tokens(q)
-        numbers = f"{int(self.source_number)} {int(batch)} {int(tokens)}"
+        numbers = f"{int(self.source.number)} {int(batch)} {int(tokens)}"
         return _constant_engine(numbers, q.dtype, q.device)
 
     def forward(

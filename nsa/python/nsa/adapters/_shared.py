@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nsa.config import Config
 from nsa.group import Group
-from nsa.module import CoreAttention, batch_and_tokens, engine_source, source_of_number
+from nsa.module import CoreAttention, batch_and_tokens, source_of_number
 from nsa.plan import Plan
 
 
@@ -132,7 +132,7 @@ class Core(CoreAttention):
         return engine_of(
             q,
             plan.tensors,
-            source=self.source_number,
+            source=self.source.number,
             sharding=self.positions_sharding,
             group_name=plan.group_name,
         )
@@ -154,9 +154,7 @@ def _engine_of_documents(q, documents, *, source, sharding, group_name):
         process_group = _resolve_process_group(group_name) if group_name else None
         plan = plan_of_positions(documents[0], batch, process_group, sharding)
         if process_group is not None:
-            source = engine_source(
-                source.config, group_of(process_group), source.sharding, source.options
-            )
+            source = source.of_group(group_of(process_group))
     return source.engine(q.dtype, q.device, batch, tokens, plan).number
 
 
