@@ -173,7 +173,8 @@ struct KvCacheImpl::ForwardTail {
 };
 
 // Takes its memory; needs no other rank.
-absl::StatusOr<KvCacheImpl::ForwardTail> KvCacheImpl::PrepareForwardTail(const ForwardPart& part) const {
+absl::StatusOr<KvCacheImpl::ForwardTail> KvCacheImpl::PrepareForwardTail(
+    const ForwardPart& part) const {
   const ShardPlan& plan = part.engine.shard_plan();
   const kernels::Document& document = part.document();
   ForwardTail tail;
