@@ -33,10 +33,10 @@ struct Case {
 class NcclConformance : public testing::TestWithParam<Case> {};
 
 TEST_P(NcclConformance, Passes) {
-  const int num_gpus = conformance::CountGpus();
-  const int size = GetParam().size == 0 ? num_gpus : GetParam().size;
-  if (num_gpus < std::max(size, GetParam().size == 0 ? 2 : 1)) {
-    GTEST_SKIP() << "needs more than " << num_gpus << " GPUs";
+  const int num_ranks = conformance::CountGpuRanks();
+  const int size = GetParam().size == 0 ? num_ranks : GetParam().size;
+  if (num_ranks < std::max(size, GetParam().size == 0 ? 2 : 1)) {
+    GTEST_SKIP() << "needs more than " << num_ranks << " ranks with GPUs";
   }
   NcclOptions options;
   options.use_windows = GetParam().use_windows;
@@ -147,9 +147,9 @@ class Replay {
 };
 
 TEST(NcclGraph, EpochsAndCollectivesReplay) {
-  const int num_gpus = conformance::CountGpus();
-  if (num_gpus < 1) GTEST_SKIP() << "needs a GPU";
-  const int size = num_gpus;
+  const int num_ranks = conformance::CountGpuRanks();
+  if (num_ranks < 1) GTEST_SKIP() << "needs a GPU";
+  const int size = num_ranks;
   const int port = conformance::FreePort();
   const auto run = [&](int rank) -> absl::Status {
     auto comm = nccl::CreateOnThisHost("graph", rank, size, port, {});
@@ -161,7 +161,7 @@ TEST(NcclGraph, EpochsAndCollectivesReplay) {
 
 // Device memory of peers, which the suite does not see from the host.
 TEST(NcclWindow, ReachesAllPeers) {
-  const int size = conformance::CountGpus();
+  const int size = conformance::CountGpuRanks();
   if (size < 1) GTEST_SKIP() << "needs a GPU";
   constexpr int64_t kBytes = 1 << 20;
   const int port = conformance::FreePort();

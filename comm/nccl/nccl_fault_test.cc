@@ -97,7 +97,7 @@ class NcclFault : public testing::TestWithParam<Case> {};
 
 TEST_P(NcclFault, NamesTheVictim) {
   const auto& [work, victim, signal, use_windows] = GetParam();
-  const int size = conformance::CountGpus();
+  const int size = conformance::CountGpuRanks();
   if (size < 2) GTEST_SKIP() << "needs two GPUs";
   const int port = FreePort();
   const bool killed = signal == SIGKILL;
@@ -180,7 +180,7 @@ INSTANTIATE_TEST_SUITE_P(All, NcclFault, testing::ValuesIn(Cases()), [](const au
 
 // A rank that is left keeps the windows of the dead.
 TEST(NcclLoss, MemoryOfTheDeadStays) {
-  const int size = conformance::CountGpus();
+  const int size = conformance::CountGpuRanks();
   if (size < 2) GTEST_SKIP() << "needs two GPUs";
   constexpr int64_t kBytes = 4 << 20;
   const int port = FreePort();

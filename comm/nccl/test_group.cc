@@ -6,6 +6,7 @@
 
 #include "absl/time/time.h"
 #include "comm/bootstrap/tcp_bootstrap.h"
+#include "comm/conformance/gpus.h"
 #include "comm/conformance/host_view.h"
 #include "comm/cuda_memory.h"
 #include "comm/cuda_status.h"
@@ -15,7 +16,8 @@ namespace nsa::comm::nccl {
 absl::StatusOr<std::unique_ptr<Communicator>> CreateOnThisHost(const std::string& group, int rank,
                                                                int size, int port,
                                                                NcclOptions options) {
-  NSA_COMM_CUDA_OK(cudaSetDevice(rank));
+  const int device = conformance::GpuOfRank(rank);
+  NSA_COMM_CUDA_OK(cudaSetDevice(device));
   TcpBootstrapOptions meeting;
   meeting.rank = rank;
   meeting.world_size = size;
@@ -25,12 +27,12 @@ absl::StatusOr<std::unique_ptr<Communicator>> CreateOnThisHost(const std::string
   meeting.group = group;
   auto bootstrap = CreateTcpBootstrap(meeting);
   if (!bootstrap.ok()) return bootstrap.status();
-  options.device = rank;
+  options.device = device;
   return NcclCommunicator::Create(*std::move(bootstrap), options);
 }
 
 absl::StatusOr<std::unique_ptr<Communicator>> HostView(std::unique_ptr<Communicator> comm) {
-  auto memory = CreateCudaMemory(comm->rank());
+  auto memory = CreateCudaMemory(conformance::GpuOfRank(comm->rank()));
   if (!memory.ok()) return memory.status();
   return conformance::MakeHostView(std::move(comm), *std::move(memory), [](Window& window) {
     return static_cast<DeviceWindow&>(window).TakeListError();

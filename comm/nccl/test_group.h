@@ -1,4 +1,4 @@
-// Groups of processes on this host, one GPU each, for tests and measurements.
+// Groups of processes on this host, each with a GPU, for tests and measurements.
 #ifndef COMM_NCCL_TEST_GROUP_H_
 #define COMM_NCCL_TEST_GROUP_H_
 
@@ -15,8 +15,8 @@
 
 namespace nsa::comm::nccl {
 
-// Collective: the communicator `group` of the processes that meet at `port`. Rank r has GPU r,
-// which becomes current.
+// Collective: the communicator `group` of the processes that meet at `port`. The rank's GPU, as
+// conformance::GpuOfRank says, becomes current.
 absl::StatusOr<std::unique_ptr<Communicator>> CreateOnThisHost(const std::string& group, int rank,
                                                                int size, int port,
                                                                NcclOptions options);

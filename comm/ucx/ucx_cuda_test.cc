@@ -21,10 +21,12 @@ struct Case {
 class UcxCuda : public testing::TestWithParam<Case> {};
 
 TEST_P(UcxCuda, Passes) {
-  const int size = conformance::CountGpus();
+  const int size = conformance::CountGpuRanks();
   if (size < 1) GTEST_SKIP() << "needs a GPU";
   const int port = conformance::FreePort();
-  const ucx::Transport transport = {"Cuda", "sm,tcp,self", CreateCudaMemory};
+  const ucx::Transport transport = {"Cuda", "sm,tcp,self", [](int rank) {
+                                      return CreateCudaMemory(conformance::GpuOfRank(rank));
+                                    }};
   const auto create = [&](const std::string& group, int rank, absl::Duration timeout) {
     return ucx::CreateOnThisHost(transport, rank, size, port, group, timeout);
   };

@@ -64,7 +64,7 @@ absl::Status RunVariant(const Problem& problem, const Bytes& d_o, const Variant&
   nccl_options.use_windows = variant.use_windows;
   auto communicator = comm::nccl::CreateOnThisHost(variant.Name(), rank, size, port, nccl_options);
   if (!communicator.ok()) return communicator.status();
-  auto kernels = kernels::CudaKernels::Create({.device = rank});
+  auto kernels = kernels::CudaKernels::Create({.device = comm::conformance::GpuOfRank(rank)});
   if (!kernels.ok()) return kernels.status();
   const int64_t record_bytes = problem.config.select_block_tokens *
                                (problem.config.head_dim_qk + problem.config.head_dim_v) *
@@ -79,8 +79,8 @@ absl::Status RunVariant(const Problem& problem, const Bytes& d_o, const Variant&
 }
 
 TEST(CudaBackwardProcessTest, GradientsAreThoseOfOneRank) {
-  const int num_gpus = comm::conformance::CountGpus();
-  if (num_gpus < 1) GTEST_SKIP() << "this host has no GPU";
+  const int num_ranks = comm::conformance::CountGpuRanks();
+  if (num_ranks < 1) GTEST_SKIP() << "this host has no GPU";
   const Problem problem =
       RandomProblem({.num_q_heads = 32, .num_kv_heads = 2, .head_dim_qk = 128, .head_dim_v = 128},
                     {0, 500, 501, 6000}, {.dtype = DType::kBF16}, 1);
@@ -88,8 +88,8 @@ TEST(CudaBackwardProcessTest, GradientsAreThoseOfOneRank) {
   const Bytes d_o = Encode(DType::kBF16, RandomOutputGradients(problem, &random));
   const std::vector<Variant> variants = Variants();
   std::unique_ptr<G> one;
-  for (int size : std::set<int>{1, 2, 3, 4, num_gpus}) {
-    if (size > num_gpus) continue;
+  for (int size : std::set<int>{1, 2, 3, 4, num_ranks}) {
+    if (size > num_ranks) continue;
     std::vector<std::unique_ptr<G>> gradients;
     for (size_t i = 0; i < variants.size(); ++i) {
       gradients.push_back(std::make_unique<G>(problem, size, DType::kF32));
@@ -135,7 +135,7 @@ TEST(CudaBackwardProcessTest, GradientsAreThoseOfOneRank) {
 absl::Status CallAndReplay(const Problem& problem, const Bytes& d_o, int rank, int size, int port) {
   auto communicator = comm::nccl::CreateOnThisHost("graph", rank, size, port, {});
   if (!communicator.ok()) return communicator.status();
-  auto created = kernels::CudaKernels::Create({.device = rank});
+  auto created = kernels::CudaKernels::Create({.device = comm::conformance::GpuOfRank(rank)});
   if (!created.ok()) return created.status();
   const std::shared_ptr<kernels::Kernels> kernels = *std::move(created);
   const ShardPlan plan =
@@ -202,12 +202,12 @@ absl::Status CallAndReplay(const Problem& problem, const Bytes& d_o, int rank, i
 }
 
 TEST(CudaBackwardGraphTest, ReplaysOfAStepGiveTheBitsOfACall) {
-  const int num_gpus = comm::conformance::CountGpus();
-  if (num_gpus < 1) GTEST_SKIP() << "this host has no GPU";
+  const int num_ranks = comm::conformance::CountGpuRanks();
+  if (num_ranks < 1) GTEST_SKIP() << "this host has no GPU";
   const Problem problem = TestProblem();
   Random random(2);
   const Bytes d_o = Encode(DType::kBF16, RandomOutputGradients(problem, &random));
-  for (int size : std::set<int>{1, num_gpus}) {
+  for (int size : std::set<int>{1, num_ranks}) {
     const int port = FreePort();
     const absl::Status status = RunOnProcesses(
         size, [&](int rank) { return CallAndReplay(problem, d_o, rank, size, port); }, kLimit);

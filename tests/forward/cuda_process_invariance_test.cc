@@ -90,7 +90,7 @@ absl::Status RunVariant(const Problem& problem, const Variant& variant, int rank
   nccl_options.use_windows = variant.use_windows;
   auto communicator = comm::nccl::CreateOnThisHost(variant.Name(), rank, size, port, nccl_options);
   if (!communicator.ok()) return communicator.status();
-  auto kernels = kernels::CudaKernels::Create({.device = rank});
+  auto kernels = kernels::CudaKernels::Create({.device = comm::conformance::GpuOfRank(rank)});
   if (!kernels.ok()) return kernels.status();
   const RunOptions options = {.fetch_budget_bytes = variant.budget_records * RecordBytes(problem),
                               .row_padding = 8,
@@ -109,13 +109,13 @@ absl::Status RunVariant(const Problem& problem, const Variant& variant, int rank
 }
 
 TEST(CudaProcessInvarianceTest, SameBitsAsOneRank) {
-  const int num_gpus = comm::conformance::CountGpus();
-  if (num_gpus < 1) GTEST_SKIP() << "this host has no GPU";
+  const int num_ranks = comm::conformance::CountGpuRanks();
+  if (num_ranks < 1) GTEST_SKIP() << "this host has no GPU";
   const Problem problem = TestProblem(1);
   const std::vector<Variant> variants = Variants();
   std::unique_ptr<GlobalOutputs> one;
-  for (int size : std::set<int>{1, 2, 3, 4, num_gpus}) {
-    if (size > num_gpus) continue;
+  for (int size : std::set<int>{1, 2, 3, 4, num_ranks}) {
+    if (size > num_ranks) continue;
     std::vector<std::unique_ptr<GlobalOutputs>> outputs;
     for (size_t i = 0; i < variants.size(); ++i) {
       outputs.push_back(std::make_unique<GlobalOutputs>(problem));
@@ -151,7 +151,7 @@ absl::Status CallAndReplay(const std::vector<Problem>& problems, int rank, int s
                            const std::vector<std::unique_ptr<GlobalOutputs>>& replayed) {
   auto communicator = comm::nccl::CreateOnThisHost("graph", rank, size, port, {});
   if (!communicator.ok()) return communicator.status();
-  auto kernels = kernels::CudaKernels::Create({.device = rank});
+  auto kernels = kernels::CudaKernels::Create({.device = comm::conformance::GpuOfRank(rank)});
   if (!kernels.ok()) return kernels.status();
   const RunOptions options = {.fetch_budget_bytes = kOneKvHead * RecordBytes(problems[0])};
   auto forward = RankForward::Create(problems[0], Plan(problems[0], "contiguous", size), options,
@@ -195,10 +195,10 @@ absl::Status CallAndReplay(const std::vector<Problem>& problems, int rank, int s
 }
 
 TEST(CudaGraphTest, ReplaysGiveTheBitsOfCalls) {
-  const int num_gpus = comm::conformance::CountGpus();
-  if (num_gpus < 1) GTEST_SKIP() << "this host has no GPU";
+  const int num_ranks = comm::conformance::CountGpuRanks();
+  if (num_ranks < 1) GTEST_SKIP() << "this host has no GPU";
   const std::vector<Problem> problems = {TestProblem(1), TestProblem(2), TestProblem(3)};
-  for (int size : std::set<int>{1, num_gpus}) {
+  for (int size : std::set<int>{1, num_ranks}) {
     std::vector<std::unique_ptr<GlobalOutputs>> called, replayed;
     for (const Problem& problem : problems) {
       called.push_back(std::make_unique<GlobalOutputs>(problem));

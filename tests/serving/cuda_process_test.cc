@@ -22,11 +22,11 @@ using Kind = reference::CompressorKind;
 class CudaServingProcessTest : public testing::TestWithParam<Variant> {};
 
 TEST_P(CudaServingProcessTest, RandomSchedulesEqualAPlainCopy) {
-  const int num_gpus = comm::conformance::CountGpus();
-  if (num_gpus < 1) GTEST_SKIP() << "this host has no GPU";
+  const int num_ranks = comm::conformance::CountGpuRanks();
+  if (num_ranks < 1) GTEST_SKIP() << "this host has no GPU";
   const Variant& variant = GetParam();
   const Universe universe(variant);
-  for (int size : std::set<int>{1, num_gpus}) {
+  for (int size : std::set<int>{1, num_ranks}) {
     if (!variant.is_reachable && size == 1) continue;  // a rank reaches itself
     const int port = comm::conformance::FreePort();
     const absl::Status status = comm::conformance::RunOnProcesses(
@@ -36,7 +36,8 @@ TEST_P(CudaServingProcessTest, RandomSchedulesEqualAPlainCopy) {
           options.use_windows = variant.is_reachable;
           auto communicator = comm::nccl::CreateOnThisHost(variant.name, rank, size, port, options);
           if (!communicator.ok()) return communicator.status();
-          auto kernels = kernels::CudaKernels::Create({.device = rank});
+          auto kernels =
+              kernels::CudaKernels::Create({.device = comm::conformance::GpuOfRank(rank)});
           if (!kernels.ok()) return kernels.status();
           RunSchedule(variant, universe, *std::move(communicator), *std::move(kernels));
           return testing::Test::HasFailure()
@@ -44,7 +45,7 @@ TEST_P(CudaServingProcessTest, RandomSchedulesEqualAPlainCopy) {
                      : absl::OkStatus();
         },
         kLimit);
-    EXPECT_TRUE(status.ok()) << size << " GPUs: " << status;
+    EXPECT_TRUE(status.ok()) << size << " ranks: " << status;
   }
 }
 
