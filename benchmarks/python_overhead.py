@@ -3,11 +3,15 @@
 
 python_overhead.py [--tokens 8192] [--device cuda] [--calls 10] [--repetitions 50]
 
-Host times, in bursts of --calls calls that only enqueue; the device is waited for between bursts,
-outside of the times. "c" is nsa_engine_forward or _backward with structs that are ready, less what
-ctypes takes for a call of a function that does nothing; "python" is nsa.attention, and
-torch.autograd.grad of its output; "overhead" their difference. "torch" is the same with a function
-of as many tensors that does nothing in place of nsa.attention: what autograd itself takes.
+Host times of nsa.attention, and of torch.autograd.grad of its output, in bursts of --calls calls
+that only enqueue; the device is waited for between bursts, outside of the times. Medians, in us:
+
+    layer     with a library whose functions do nothing: all that is not the library's time
+    autograd  of these, what an autograd function takes that makes as many results and nothing else
+    python    with the library
+    c         nsa_engine_forward or _backward alone, with structs that are ready
+    added     python less c, of bursts in turns. What a call of the library takes depends on what ran
+              before it (caches, the driver's threads), so this differs more from run to run
 """
 
 import argparse
@@ -26,17 +30,6 @@ import nsa  # noqa: E402
 from nsa import _library  # noqa: E402
 from nsa._tensors import Structs  # noqa: E402
 from nsa.engine import flatten, places_of  # noqa: E402
-
-
-class Nothing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *tensors):
-        ctx.save_for_backward(*tensors)
-        return torch.empty_like(tensors[0])
-
-    @staticmethod
-    def backward(ctx, d_o):
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
 
 
 def main():
@@ -62,24 +55,27 @@ def main():
     inputs = (q, k, v, gate)
     d_o = torch.randn_like(q)
 
-    def time_us(function, before=lambda: None):
-        """The median over repetitions of a call's host time; function(before())."""
-        times = []
-        for _ in range(args.repetitions + 3):
-            prepared = [before() for _ in range(args.calls)]
-            if is_gpu:
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for arguments in prepared:
-                function(arguments)
-            times.append((time.perf_counter() - begin) / args.calls * 1e6)
-            if is_gpu:
-                torch.cuda.synchronize()
-        return statistics.median(times[3:])
+    def burst_us(function, before=lambda: None):
+        """Host time of a call function(before())."""
+        prepared = [before() for _ in range(args.calls)]
+        if is_gpu:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for arguments in prepared:
+            function(arguments)
+        duration = time.perf_counter() - begin
+        if is_gpu:
+            torch.cuda.synchronize()
+        return duration / args.calls * 1e6
+
+    def time_us(*cases):
+        """The times over repetitions of each case, a tuple of arguments of burst_us; in turns."""
+        rounds = [[burst_us(*case) for case in cases] for _ in range(args.repetitions + 3)]
+        return list(zip(*rounds[3:]))
 
     # The C interface with structs that are ready.
     tensors = flatten(*(t.detach() for t in inputs))
-    gradients = [torch.empty_like(t) if t is not None else None for t in tensors]
+    d_inputs = [torch.empty_like(t) if t is not None else None for t in tensors]
     o, saved, stream = torch.empty_like(q), engine.save(), engine._current_stream()
     structs = [
         # Of their own: the engine's are filled anew in each of its calls.
@@ -88,51 +84,69 @@ def main():
             (_library.ForwardInputs, _library.INPUTS, tensors, places_of(tensors)),
             (_library.ForwardOutputs, _library.OUTPUTS, (o,), None),
             (_library.OneTensor, ("d_o",), (d_o,), None),
-            (_library.Gradients, _library.INPUTS, gradients, places_of(tensors)),
+            (_library.Gradients, _library.INPUTS, d_inputs, places_of(tensors)),
         )
     ]
     c_inputs, c_outputs, c_d_o, c_gradients = map(ctypes.byref, structs)
     lib, handle = _library.lib, engine.handle
 
+    functions = lib.nsa_engine_forward, lib.nsa_engine_backward
+
     def c_forward(_):
+        lib.nsa_engine_forward(handle, c_inputs, c_outputs, None, stream)
+
+    def c_forward_saved(_):
         lib.nsa_engine_forward(handle, c_inputs, c_outputs, saved.handle, stream)
 
     def c_backward(_):
         lib.nsa_engine_backward(handle, c_inputs, c_d_o, saved.handle, c_gradients, stream)
 
-    nothing = lib.nsa_group_rank
-    ctypes_us = time_us(lambda _: nothing(group.handle, None, None))
+    class Empty(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            return torch.empty_like(tensors[0])
+
+        @staticmethod
+        def backward(ctx, d_o):
+            return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+    def attention(_=None):
+        return nsa.attention(engine, *inputs)
+
+    def empty(_=None):
+        return Empty.apply(*inputs)
+
+    def gradients(o):
+        return torch.autograd.grad(o, inputs, d_o)
+
+    @torch.no_grad()
+    def attention_without_grad(_):
+        return nsa.attention(engine, *inputs)
+
+    @torch.no_grad()
+    def empty_without_grad(_):
+        return torch.empty_like(q)
+
     results = {}
-    for name, c_call, python_call, torch_call in (
-        (
-            "forward",
-            (c_forward,),
-            (lambda _: nsa.attention(engine, *inputs),),
-            (lambda _: Nothing.apply(*inputs),),
-        ),
-        (
-            "backward",
-            (c_backward,),
-            (
-                lambda o: torch.autograd.grad(o, inputs, d_o),
-                lambda: nsa.attention(engine, *inputs),
-            ),
-            (lambda o: torch.autograd.grad(o, inputs, d_o), lambda: Nothing.apply(*inputs)),
-        ),
+    for name, c_call, case, empty_case in (
+        ("forward", c_forward, (attention_without_grad,), (empty_without_grad,)),
+        ("forward_with_grad", c_forward_saved, (attention,), (empty,)),
+        ("backward", c_backward, (gradients, attention), (gradients, empty)),
     ):
-        c = time_us(*c_call) - ctypes_us
-        python = time_us(*python_call)
+        c, python = time_us((c_call,), case)
         results[name] = {
-            "c_us": c,
-            "python_us": python,
-            "overhead_us": python - c,
-            "torch_us": time_us(*torch_call),
+            "python_us": statistics.median(python),
+            "c_us": statistics.median(c),
+            "added_us": statistics.median(p - of for p, of in zip(python, c)),
         }
-    with torch.no_grad():
-        python = time_us(lambda _: nsa.attention(engine, *inputs))
-        c = time_us(lambda _: lib.nsa_engine_forward(handle, c_inputs, c_outputs, None, stream))
-    c -= ctypes_us
-    results["forward_without_grad"] = {"c_us": c, "python_us": python, "overhead_us": python - c}
+        for function in ("nsa_engine_forward", "nsa_engine_backward"):
+            setattr(lib, function, lambda *_: 0)
+        layer, autograd = time_us(case, empty_case)
+        results[name].update(
+            layer_us=statistics.median(layer), autograd_us=statistics.median(autograd)
+        )
+        lib.nsa_engine_forward, lib.nsa_engine_backward = functions
     for result in results.values():
         result.update({name: round(value, 1) for name, value in result.items()})
     print(
@@ -143,7 +157,6 @@ def main():
                 "device": torch.cuda.get_device_name() if is_gpu else "cpu",
                 "torch": torch.__version__,
                 "tokens": args.tokens,
-                "ctypes_us": round(ctypes_us, 2),
                 "results": results,
             },
             indent=1,

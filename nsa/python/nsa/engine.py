@@ -63,13 +63,13 @@ def places_of(tensors):
     return (*kv, *range(7, len(tensors)))
 
 
-# By Engine.number.
-_engines = weakref.WeakValueDictionary()
+# References to them by Engine.number.
+_engines = {}
 _numbers = itertools.count()
 
 
 def engine_of_number(number: int) -> "Engine":
-    engine = _engines.get(number)
+    engine = _engines.get(number, lambda: None)()
     if engine is None:
         raise RuntimeError(
             f"engine {number} is gone: it must live as long as what was traced with it"
@@ -90,8 +90,7 @@ class Gradients:
 
 
 class SavedForward:
-    """What a forward leaves for its backward, in memory of its own; may be used again. Made by
-    Engine.save()."""
+    """What a forward leaves for its backward; may be used again. Made by Engine.save()."""
 
     def __init__(self, handle):
         self.handle = handle
@@ -103,16 +102,6 @@ class SavedForward:
         count = ctypes.c_int64()
         check(lib.nsa_saved_forward_num_bytes(self.handle, ctypes.byref(count)))
         return count.value
-
-
-class _SavedIn:
-    """The same in memory of the caller's, for one call."""
-
-    def __init__(self, handle):
-        self.handle = handle
-
-    def __del__(self):
-        lib.nsa_saved_forward_destroy(self.handle)
 
 
 class Engine:
@@ -188,11 +177,13 @@ class Engine:
         )
         weakref.finalize(self, lib.nsa_engine_destroy, self.handle)
         self.number = next(_numbers)
-        _engines[self.number] = self
+        _engines[self.number] = weakref.ref(self)
+        weakref.finalize(self, _engines.pop, self.number)
         count = ctypes.c_int64()
         save_options = ctypes.byref(self._save_options)
         check(lib.nsa_engine_saved_bytes(self.handle, save_options, ctypes.byref(count)))
         self.saved_bytes = count.value  # what a forward leaves for its backward
+        self._saved_in = {}  # SavedForward by address
         self._inputs = Structs(_library.ForwardInputs, _library.INPUTS, self.device_index)
         self._outputs = Structs(_library.ForwardOutputs, _library.OUTPUTS, self.device_index)
         self._d_o = Structs(_library.OneTensor, ("d_o",), self.device_index)
@@ -252,11 +243,14 @@ class Engine:
 
     def run_forward(self, tensors, o, saved=None, extras={}) -> None:
         """forward() of what flatten() gives."""
-        outputs = (o, *(extras.get(name) for name in _library.OUTPUTS[1:])) if extras else (o,)
-        rows = {name: address(extras[name]) for name in _library.ROW_OUTPUTS if name in extras}
         try:
             inputs = self._inputs.fill(tensors, places_of(tensors))
-            outputs = self._outputs.fill(outputs, **rows)
+            if extras:
+                rows = {of: address(extras[of]) for of in _library.ROW_OUTPUTS if of in extras}
+                outputs = (o, *(extras.get(name) for name in _library.OUTPUTS[1:]))
+                outputs = self._outputs.fill(outputs, **rows)
+            else:
+                outputs = self._outputs.fill((o,))
         except ValueError:
             # The other ranks' call fails at once, as this one, not when they have waited for long.
             self._forward(_library.ForwardInputs(), _library.ForwardOutputs(), saved)
@@ -317,12 +311,13 @@ class Engine:
     ) -> None:
         """backward() of what flatten() gives; `gradients` are None where they are not wanted or
         `tensors` are."""
+        places = places_of(tensors)
         try:
-            inputs = self._inputs.fill(tensors, places_of(tensors))
+            inputs = self._inputs.fill(tensors, places)
             d_o = self._d_o.fill((d_o,))
             gradients = self._gradients.fill(
                 gradients,
-                places_of(tensors),
+                places,
                 accumulate=accumulate,
                 sum_over_ranks=sum_over_ranks,
             )
@@ -344,18 +339,23 @@ class Engine:
 
     def save(self) -> SavedForward:
         """Collective: memory for one forward that waits for its backward."""
-        self._save_options.memory, self._save_options.is_filled = None, False
-        return SavedForward(self._create_saved())
+        return self._create_saved(None, False)
 
-    def saved_in(self, memory: Tensor, is_filled: bool = False) -> _SavedIn:
+    def saved_in(self, memory: Tensor, is_filled: bool = False) -> SavedForward:
         """What a forward leaves, in `memory` of saved_bytes bytes, which may be a copy of what a
-        forward has filled."""
-        self._save_options.memory, self._save_options.is_filled = address(memory), is_filled
-        return _SavedIn(self._create_saved())
+        forward has filled. For the next call alone."""
+        place = address(memory), is_filled
+        saved = self._saved_in.get(place)
+        if saved is None:  # an allocator gives the same places again and again
+            if len(self._saved_in) >= Structs.MAX_KEPT:
+                self._saved_in.clear()
+            saved = self._saved_in[place] = self._create_saved(*place)
+        return saved
 
-    def _create_saved(self):
+    def _create_saved(self, memory, is_filled) -> SavedForward:
+        self._save_options.memory, self._save_options.is_filled = memory, is_filled
         options = ctypes.byref(self._save_options)
-        return _library.create(lib.nsa_saved_forward_create, self.handle, options)
+        return SavedForward(_library.create(lib.nsa_saved_forward_create, self.handle, options))
 
     def stats(self) -> dict:
         """What this rank's last call moved and took (nsa/stats.proto, RankStats). Waits for its

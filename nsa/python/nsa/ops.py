@@ -27,13 +27,14 @@ for _overload, _int in (("", "int"), (".traced", "SymInt")):
     )
 
 
+def _empty_o(tensors):
+    q, v = tensors[0], tensors[2]
+    return q.new_empty((*q.shape[:2], v.shape[-1]))
+
+
 def _fake_forward(*tensors, engine, saved_bytes):
     """o, and room for what the forward leaves for its backward, none for a forward without."""
-    q, v = tensors[0], tensors[2]
-    return (
-        q.new_empty((*q.shape[:2], v.shape[-1])),
-        q.new_empty(saved_bytes, dtype=torch.uint8),
-    )
+    return _empty_o(tensors), tensors[0].new_empty(saved_bytes, dtype=torch.uint8)
 
 
 def _forward(*tensors, engine, saved_bytes):
@@ -57,12 +58,16 @@ def _empty_gradients(tensors, wanted):
     ]
 
 
-def _backward(d_o, saved, *tensors, engine, wanted, sum_over_ranks):
+def _gradients(d_o, saved, *tensors, engine, wanted, sum_over_ranks):
     engine = engine_of_number(engine)
     saved = engine.saved_in(saved, is_filled=True)
     gradients = _empty_gradients(tensors, wanted)
     engine.run_backward(tensors, d_o, saved, gradients, sum_over_ranks=sum_over_ranks)
-    return [gradient for gradient in gradients if gradient is not None]
+    return gradients
+
+
+def _backward(*tensors, **settings):
+    return [gradient for gradient in _gradients(*tensors, **settings) if gradient is not None]
 
 
 def _fake_backward(d_o, saved, *tensors, engine, wanted, sum_over_ranks):
@@ -79,6 +84,23 @@ for _overload in ("", ".traced"):
 
 def _overload_of(operation):
     return operation.traced if torch.compiler.is_compiling() else operation.default
+
+
+_PLAIN = {type(None), torch.Tensor, torch.nn.Parameter}
+_num_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_has_transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def _is_plain(tensors):
+    """Whether torch would do nothing with an operation but call its function: nothing traces, no
+    mode or transform is active, and no tensor is of another class. To call the function itself then
+    takes half of the time."""
+    return (
+        not torch.compiler.is_compiling()
+        and _num_modes() == 0
+        and not _has_transforms()
+        and _PLAIN.issuperset(map(type, tensors))
+    )
 
 
 # The place of each of this rank's `count` tokens in its document, [T] int64. An operation, so that
@@ -124,13 +146,26 @@ def _fake_saved_bytes(engine):
     return torch.library.get_ctx().new_dynamic_size()
 
 
+def _run_backward(ctx, d_o):
+    saved, *tensors = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[3:]
+    if d_o.stride(-1) != 1:  # such as the gradient of a sum
+        d_o = d_o.contiguous()
+    arguments = (d_o, saved, *tensors)
+    settings = dict(engine=ctx.engine, wanted=wanted, sum_over_ranks=ctx.sum_over_ranks)
+    if _is_plain(arguments):
+        return (None, None, None, *_gradients(*arguments, **settings))
+    given = iter(_overload_of(torch.ops.nsa.backward)(*arguments, **settings))
+    return (None, None, None, *(next(given) if is_wanted else None for is_wanted in wanted))
+
+
 class _Attention(torch.autograd.Function):
     # Not registered with nsa::forward, which would take ten times as long (DESIGN.md).
 
     @staticmethod
     def forward(ctx, engine, saved_bytes, sum_over_ranks, *tensors):
-        forward = _overload_of(torch.ops.nsa.forward)
-        o, saved = forward(*tensors, engine=engine, saved_bytes=saved_bytes)
+        run = _forward if _is_plain(tensors) else _overload_of(torch.ops.nsa.forward)
+        o, saved = run(*tensors, engine=engine, saved_bytes=saved_bytes)
         ctx.engine, ctx.sum_over_ranks = engine, sum_over_ranks
         # Its group may let it go before the backward.
         ctx.kept = None if torch.compiler.is_compiling() else engine_of_number(engine)
@@ -138,22 +173,11 @@ class _Attention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, d_o):
-        saved, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
-        if d_o.stride(-1) != 1:  # such as the gradient of a sum
-            d_o = d_o.contiguous()
-        gradients = _overload_of(torch.ops.nsa.backward)(
-            d_o,
-            saved,
-            *tensors,
-            engine=ctx.engine,
-            wanted=wanted,
-            sum_over_ranks=ctx.sum_over_ranks,
-        )
-        given = iter(gradients)
-        return (None, None, None, *(next(given) if is_wanted else None for is_wanted in wanted))
+        # The decorator takes long, and does nothing where nobody can ask for second derivatives.
+        if torch.is_grad_enabled():
+            return torch.autograd.function.once_differentiable(_run_backward)(ctx, d_o)
+        return _run_backward(ctx, d_o)
 
 
 def attention(
@@ -198,6 +222,10 @@ def attention_of_number(engine: int, tensors, sum_over_ranks: bool) -> torch.Ten
         else:
             saved_bytes = _saved_bytes(f"{int(engine)}")
         return _Attention.apply(engine, saved_bytes, sum_over_ranks, *tensors)
+    if _is_plain(tensors):
+        o = _empty_o(tensors)
+        engine_of_number(engine).run_forward(tensors, o)
+        return o
     return _overload_of(torch.ops.nsa.forward)(*tensors, engine=engine, saved_bytes=0)[0]
 
 
