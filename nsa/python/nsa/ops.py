@@ -136,13 +136,14 @@ def _saved_bytes(engine: str) -> int:
     return count
 
 
-# The same of an engine that is known only when the graph runs.
-_ops.define("saved_bytes(SymInt engine) -> SymInt")
-_ops.impl("saved_bytes", lambda engine: _saved_bytes(str(engine)), "CompositeExplicitAutograd")
+# The same of an engine that is known only when the graph runs. `like`: any tensor, as torch 2.11's
+# inductor needs one to know the device by.
+_ops.define("saved_bytes(Tensor like, SymInt engine) -> SymInt")
+_ops.impl("saved_bytes", lambda _, engine: _saved_bytes(str(engine)), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("nsa::saved_bytes", lib=_ops)
-def _fake_saved_bytes(engine):
+def _fake_saved_bytes(like, engine):
     return torch.library.get_ctx().new_dynamic_size()
 
 
@@ -218,7 +219,7 @@ def attention_of_number(engine: int, tensors, sum_over_ranks: bool) -> torch.Ten
     """attention() of what flatten() gives."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if _is_symbol(engine):
-            saved_bytes = torch.ops.nsa.saved_bytes(engine)
+            saved_bytes = torch.ops.nsa.saved_bytes(tensors[0], engine)
         else:
             saved_bytes = _saved_bytes(f"{int(engine)}")
         return _Attention.apply(engine, saved_bytes, sum_over_ranks, *tensors)
