@@ -14,7 +14,9 @@ from torch_testing import (  # noqa: E402
     TOLERANCE,
     dtype_of,
     make_inputs,
+    need,
     relative_error,
+    start,
     with_compressor,
 )
 
@@ -27,22 +29,6 @@ PLANS = {
         num_ranks=size, cu_seqlens=DOCUMENTS, sharding="zigzag_per_document"
     ),
 }
-
-
-def need(device, size):
-    if device == "cuda" and torch.cuda.device_count() < size:
-        pytest.skip(f"needs {size} GPUs")
-
-
-def start(device, rank, size):
-    """A process group of all ranks, and this rank's device."""
-    torch.set_num_threads(1)
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
-    else:
-        dist.init_process_group("gloo")
-    return torch.device(device, rank) if device == "cuda" else torch.device("cpu")
 
 
 def make_params(device):

@@ -1,6 +1,8 @@
 """What the tests with torch share."""
 
+import pytest
 import torch
+import torch.distributed as dist
 
 import nsa
 
@@ -23,7 +25,23 @@ def with_compressor(compressor, config=CONFIG):
 
 
 def dtype_of(device):
-    return torch.float32 if device == "cpu" else torch.bfloat16
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def need(device, size):
+    if device == "cuda" and torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+
+
+def start(device, rank, size):
+    """A process group of all ranks, and this rank's device."""
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
+    else:
+        dist.init_process_group("gloo")
+    return torch.device(device, rank) if device == "cuda" else torch.device("cpu")
 
 
 def make_inputs(tokens, config=CONFIG, device="cpu", separate=False, seed=0):

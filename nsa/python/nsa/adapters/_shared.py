@@ -145,6 +145,7 @@ _ops.define(
 )
 
 
+@torch.compiler.disable
 def _engine_of_documents(q, documents, *, source, sharding, group_name):
     source = source_of_number(source)
     batch, tokens = batch_and_tokens(q)

@@ -20,9 +20,11 @@ it:
     CP        Transformers deals nothing: the caller gives each rank of `process_group` its tokens,
               as nsa.Plan(S, P, sharding="zigzag").shard() does, and their position_ids, by which
               the dealing is checked, and labels as shift_labels.
-    compile   torch.compile traces it as a whole, and compiles nothing anew for other documents; its
-              graph breaks where an attention_mask is checked. Where a CUDA graph is captured:
-              error, as position_ids (which models make if they are not given) are read.
+    compile   torch.compile with fullgraph=True traces it as a whole, and compiles nothing anew for
+              other documents; without, its graph breaks where documents are read, and where an
+              attention_mask is checked (with torch 2.11 also the mask of position_ids, which models
+              make without a KV cache). Where a CUDA graph is captured: error, as position_ids
+              (which models make if they are not given) are read.
     decoding  generate(use_cache=False) computes everything anew for each token. A step with a KV
               cache: error.
 """

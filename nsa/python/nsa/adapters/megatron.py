@@ -21,8 +21,9 @@ parameters of the core attention. What Megatron does, and what becomes of it:
               cp_comm_type other than p2p, hierarchical and hybrid context parallelism: error.
     gradients parameters' are of this rank's tokens; Megatron sums them over data and context
               parallel ranks.
-    compile   torch.compile traces it as a whole, and compiles nothing anew for other documents.
-              Where a CUDA graph is captured thd is an error, as documents are read.
+    compile   torch.compile with fullgraph=True traces it as a whole, and compiles nothing anew for
+              other documents; without, its graph breaks where documents are read. Where a CUDA
+              graph is captured thd is an error, as documents are read.
     inference error, with any inference context.
 """
 
