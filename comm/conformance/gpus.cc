@@ -5,13 +5,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
-
-#include "absl/strings/numbers.h"
 
 namespace nsa::comm::conformance {
 
 namespace {
+
+int asked_ranks = 0;
 
 int CountGpus() {
   int count = 0;
@@ -30,11 +29,10 @@ int CountGpusElsewhere() {
 
 int CountGpuRanks() {
   const int num_gpus = CountGpusElsewhere();
-  int num_ranks = 0;
-  const char* asked = getenv("NSA_GPU_TEST_RANKS");
-  if (num_gpus == 0 || asked == nullptr || !absl::SimpleAtoi(asked, &num_ranks)) return num_gpus;
-  return std::max(num_gpus, num_ranks);
+  return num_gpus == 0 ? 0 : std::max(num_gpus, asked_ranks);
 }
+
+void SetGpuRanks(int num_ranks) { asked_ranks = num_ranks; }
 
 int GpuOfRank(int rank) { return rank % std::max(CountGpus(), 1); }
 

@@ -174,6 +174,7 @@ def one_rank_dies(rank, size, device):
     group = nsa.Group.from_process_group(device=device, num_threads=1, timeout_seconds=10)
     engine = nsa.Engine(CONFIG, nsa.Plan(480, size), group, dtype=dtype_of(device.type))
     results_of(engine, group, device)
+    dist.barrier()  # on GPUs others may be in that call still
     if rank == size - 1:
         ranks.die()
     began = time.monotonic()
