@@ -72,7 +72,6 @@ class Consumer {
   __device__ void LoadKeys(const Item& item) {
     LoadRows<kDk>(args_.k, item, shared_.Keys());
     LoadRows<kDv>(args_.v, item, shared_.Values());
-    CopyAsyncCommit();
     CopyAsyncWait<0>();
     FenceProxyAsync();
     SyncConsumers();

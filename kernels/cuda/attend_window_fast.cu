@@ -222,7 +222,6 @@ class QLoader {
         CopyAsync16(to + panel * kPanelBytes + InPanel(i, lane % 8), from + panel * 64, active);
       }
     }
-    CopyAsyncCommit();
     CopyAsyncWait<0>();
     FenceProxyAsync();
     __syncwarp();

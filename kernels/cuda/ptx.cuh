@@ -214,10 +214,15 @@ __device__ __forceinline__ void CopyAsyncCommit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Returns when all but the last kPending groups of this thread are complete.
+// Returns when all but the last kPending groups of this thread are complete; with 0 all of its
+// copies, whether CopyAsyncCommit has made a group of them or not.
 template <int kPending>
 __device__ __forceinline__ void CopyAsyncWait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  if constexpr (kPending == 0) {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  }
 }
 
 // Orders this thread's ordinary writes to shared memory before later reads by wgmma and the copy

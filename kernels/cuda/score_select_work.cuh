@@ -229,7 +229,6 @@ __device__ __forceinline__ void SyncWarpgroup(int32_t warpgroup) {
 
 // Returns when wgmma may read what StartQueries copied.
 __device__ __forceinline__ void FinishQueries(int32_t warpgroup) {
-  CopyAsyncCommit();
   CopyAsyncWait<0>();
   FenceProxyAsync();
   SyncWarpgroup(warpgroup);

@@ -38,7 +38,11 @@ std::vector<Problem> Problems() {
                                  .num_selected_blocks = 6,
                                  .window_tokens = 77,
                                  .compressor = CompressorKind::kMlp};
+  // Each with a tile of keys that does not lie in one piece, right after one that does.
+  std::vector<int64_t> short_documents = {0};
+  while (short_documents.back() < 6000) short_documents.push_back(short_documents.back() + 100);
   return {RandomProblem(fast, {0, 20, 3000, 6000}, {.dtype = DType::kBF16}, 1),
+          RandomProblem(fast, short_documents, {.dtype = DType::kBF16}, 4),
           RandomProblem(mixed, {0, 1000, 3500}, {.dtype = DType::kF16}, 2),
           RandomProblem(other, {0, 31, 1800}, {.dtype = DType::kBF16}, 3)};
 }
