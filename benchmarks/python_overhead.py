@@ -4,7 +4,8 @@
 python_overhead.py [--tokens 8192] [--device cuda] [--calls 10] [--repetitions 50]
 
 Host times of nsa.attention, and of torch.autograd.grad of its output, in bursts of --calls calls
-that only enqueue; the device is waited for between bursts, outside of the times. Medians, in us:
+that only enqueue; the device is waited for between bursts, outside of the times. In us, [median,
+least, largest] of the bursts:
 
     layer     with a library whose functions do nothing: all that is not the library's time
     autograd  of these, what an autograd function takes that makes as many results and nothing else
@@ -135,20 +136,16 @@ def main():
         ("backward", c_backward, (gradients, attention), (gradients, empty)),
     ):
         c, python = time_us((c_call,), case)
-        results[name] = {
-            "python_us": statistics.median(python),
-            "c_us": statistics.median(c),
-            "added_us": statistics.median(p - of for p, of in zip(python, c)),
-        }
         for function in ("nsa_engine_forward", "nsa_engine_backward"):
             setattr(lib, function, lambda *_: 0)
         layer, autograd = time_us(case, empty_case)
-        results[name].update(
-            layer_us=statistics.median(layer), autograd_us=statistics.median(autograd)
-        )
         lib.nsa_engine_forward, lib.nsa_engine_backward = functions
-    for result in results.values():
-        result.update({name: round(value, 1) for name, value in result.items()})
+        added = [p - of for p, of in zip(python, c)]
+        times = dict(layer=layer, autograd=autograd, python=python, c=c, added=added)
+        results[name] = {
+            of: [round(figure(values), 1) for figure in (statistics.median, min, max)]
+            for of, values in times.items()
+        }
     print(
         json.dumps(
             {
@@ -157,6 +154,8 @@ def main():
                 "device": torch.cuda.get_device_name() if is_gpu else "cpu",
                 "torch": torch.__version__,
                 "tokens": args.tokens,
+                "calls": args.calls,
+                "repetitions": args.repetitions,
                 "results": results,
             },
             indent=1,

@@ -51,10 +51,11 @@ def draw_losses(results):
         tokens = [point["tokens"] / 1e6 for point in result["curve"]]
         for axis, field in ((bits, "bits_per_byte"), (answers, "answer_accuracy")):
             axis.plot(tokens, [point[field] for point in result["curve"]], label=name_of(result))
-        stages = [s for run in result["runs"] for s in run["stages"] if "tokens_per_second" in s]
-        if stages:
-            rate.semilogx([s["length"] for s in stages],
-                          [s["tokens_per_second"] / 1e6 for s in stages], "o-", base=2)
+        rates = {stage["length"]: stage["tokens_per_second"] / 1e6  # the last run's of each length
+                 for run in result["runs"] for stage in run["stages"]
+                 if "tokens_per_second" in stage}
+        if rates:
+            rate.semilogx(*zip(*sorted(rates.items())), "o-", base=2)
     first = results[0]["curve"]
     for before, point in zip(first, first[1:]):
         if before["length"] != point["length"]:
