@@ -8,11 +8,12 @@ that only enqueue; the device is waited for between bursts, outside of the times
 least, largest] of the bursts:
 
     layer     with a library whose functions do nothing: all that is not the library's time
-    autograd  of these, what an autograd function takes that makes as many results and nothing else
+    autograd  of these, what an autograd function takes that makes as many results and calls it
     python    with the library
     c         nsa_engine_forward or _backward alone, with structs that are ready
+    bare      the same in an autograd function that does nothing else
     added     python less c, of bursts in turns. What a call of the library takes depends on what ran
-              before it (caches, the driver's threads), so this differs more from run to run
+              before it and in which thread, so this differs more from run to run
 """
 
 import argparse
@@ -102,21 +103,23 @@ def main():
     def c_backward(_):
         lib.nsa_engine_backward(handle, c_inputs, c_d_o, saved.handle, c_gradients, stream)
 
-    class Empty(torch.autograd.Function):
+    class Bare(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *tensors):
             ctx.save_for_backward(*tensors)
+            c_forward_saved(None)
             return torch.empty_like(tensors[0])
 
         @staticmethod
         def backward(ctx, d_o):
+            c_backward(None)
             return tuple(map(torch.empty_like, ctx.saved_tensors))
 
     def attention(_=None):
         return nsa.attention(engine, *inputs)
 
-    def empty(_=None):
-        return Empty.apply(*inputs)
+    def bare(_=None):
+        return Bare.apply(*inputs)
 
     def gradients(o):
         return torch.autograd.grad(o, inputs, d_o)
@@ -125,23 +128,23 @@ def main():
     def attention_without_grad(_):
         return nsa.attention(engine, *inputs)
 
-    @torch.no_grad()
-    def empty_without_grad(_):
+    def bare_without_grad(_):
+        c_forward(None)
         return torch.empty_like(q)
 
     results = {}
-    for name, c_call, case, empty_case in (
-        ("forward", c_forward, (attention_without_grad,), (empty_without_grad,)),
-        ("forward_with_grad", c_forward_saved, (attention,), (empty,)),
-        ("backward", c_backward, (gradients, attention), (gradients, empty)),
+    for name, c_call, case, bare_case in (
+        ("forward", c_forward, (attention_without_grad,), (bare_without_grad,)),
+        ("forward_with_grad", c_forward_saved, (attention,), (bare,)),
+        ("backward", c_backward, (gradients, attention), (gradients, bare)),
     ):
-        c, python = time_us((c_call,), case)
+        c, python, of_bare = time_us((c_call,), case, bare_case)
         for function in ("nsa_engine_forward", "nsa_engine_backward"):
             setattr(lib, function, lambda *_: 0)
-        layer, autograd = time_us(case, empty_case)
+        layer, autograd = time_us(case, bare_case)
         lib.nsa_engine_forward, lib.nsa_engine_backward = functions
         added = [p - of for p, of in zip(python, c)]
-        times = dict(layer=layer, autograd=autograd, python=python, c=c, added=added)
+        times = dict(layer=layer, autograd=autograd, python=python, c=c, bare=of_bare, added=added)
         results[name] = {
             of: [round(figure(values), 1) for figure in (statistics.median, min, max)]
             for of, values in times.items()
