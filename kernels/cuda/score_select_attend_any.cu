@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const uint32_t k = steps + step % 2 * (k_bytes + v_bytes);
       AttendVisible<kStepSummaries>(rows, visible, q, k, k + k_bytes, attention);
     }
+    CopyAsyncWait<0>();  // for q without a step: copies to the same place have no order
     StoreRows(dims, rows, params.o_cmp, scratch.lse, attention);
   });
 }
