@@ -155,6 +155,7 @@ class TileLoader {
                      panel * 64, kv_head, static_cast<int32_t>(v.row), full);
         }
       }
+      __syncwarp();  // to a lane two rounds behind, parities would say something else
     } else {
       CopyRows<kDk>(params_.k, keys_, kv_head, first_key, shared_.Keys(place_.slot));
       CopyRows<kDv>(params_.v, values_, kv_head, first_key, shared_.Values(place_.slot));
