@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(32 * kMaxGatherWarps)
           asm volatile("fence.proxy.async;" ::: "memory");
         }
         if (__shfl_sync(~0u, ok, 0) == 0) break;
+        __syncwarp();  // for CopyByWarp: a shuffle alone orders no memory
         __threadfence_system();
 #pragma unroll
         for (int i = 0; i < kMaxRanks / 64; ++i) {
