@@ -141,6 +141,10 @@ class EngineImpl final : public Engine {
         .is_there = true, .summaries = context_->summaries, .records = context_->records->data()};
   }
 
+  absl::Status WaitForLastCall(void* stream) override {
+    return context_->kernels->WaitFor(*context_->plan_memory.done, stream);
+  }
+
   std::shared_ptr<EngineMemory> memory() const { return context_->memory; }
 
   const ShardPlan& shard_plan() const override { return context_->plan; }

@@ -214,6 +214,9 @@ class Engine {
   virtual absl::StatusOr<ForwardStats> GatherStats() = 0;
 
   virtual ForwardBlocks LastBlocks() const = 0;
+  // What is enqueued on `stream` from now on begins after the last call (a graph's launch: its
+  // owner sees to that).
+  virtual absl::Status WaitForLastCall(void* stream) = 0;
 
   virtual const ShardPlan& shard_plan() const = 0;
   virtual const BlockMap& block_map() const = 0;

@@ -121,8 +121,8 @@ class KvCache {
   // Collective: appends to an empty sequence of rank `home` (others pass any `sequence`) the tokens
   // of one document of the last Forward of `engine`, which had these `inputs`, of the same config,
   // dtype, communicator and kernels. Blocks stay on the ranks that own them; the home gets the
-  // summaries, and the tokens of the last, partial block and of the window. FailedPrecondition when
-  // another engine was called in that one's memory since.
+  // summaries, and the tokens of the last, partial block and of the window. `stream` need not be
+  // the Forward's. FailedPrecondition when another engine was called in that one's memory since.
   virtual absl::Status AppendForward(int home, SequenceId sequence, Engine& engine,
                                      const ForwardInputs& inputs, int32_t document,
                                      void* stream = nullptr) = 0;

@@ -295,6 +295,7 @@ absl::Status KvCacheImpl::AppendForward(int home, SequenceId sequence, Engine& e
   LookForLostRanks();
   ForwardPart part = {home, sequence, engine, inputs, document, stream};
   absl::Status status = CheckForwardPart(part);
+  if (status.ok()) status = engine.WaitForLastCall(stream);
   std::vector<PageChange> changes;
   bool has_pages = false;
   if (status.ok()) {

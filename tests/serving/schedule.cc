@@ -367,7 +367,10 @@ class RankRun {
     ASSERT_TRUE(o.ok());
     ForwardOutputs outputs;
     outputs.o = o->view();
-    ASSERT_TRUE((*engine)->Forward(rows.inputs, outputs).ok());
+    // Which AppendForward, on the default one, waits for.
+    const auto stream = kernels_->CreateStream();
+    ASSERT_TRUE(stream.ok());
+    ASSERT_TRUE((*engine)->Forward(rows.inputs, outputs, (*stream)->get()).ok());
 
     SequenceId id = -1;
     if (communicator_->rank() == home) {
