@@ -455,7 +455,8 @@ typedef struct nsa_step_outputs {
 NSA_API nsa_status nsa_kv_cache_step(nsa_kv_cache* cache, const nsa_step_sequence* sequences,
                                      int32_t num_sequences, const nsa_step_inputs* inputs,
                                      const nsa_step_outputs* outputs, void* stream);
-/* Takes pages and uploads what the kernels need to know. Local. */
+/* Takes pages and uploads what the kernels need to know. Local. No other call of the cache comes
+ * before its run_step, or runs beside the launch of a graph of that. */
 NSA_API nsa_status nsa_kv_cache_plan_step(nsa_kv_cache* cache, const nsa_step_sequence* sequences,
                                           int32_t num_sequences, void* stream);
 /* Only enqueues, and may be captured in a CUDA graph where the cache is reachable: the graph then

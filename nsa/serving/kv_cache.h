@@ -134,10 +134,12 @@ class KvCache {
 
   // Appends each sequence's new tokens and attends with them. All or nothing: an error of one
   // sequence is the step's; Check tells which. `stream` and graphs: a step is PlanStep, which takes
-  // pages and uploads what the kernels need to know, and RunStep, which only enqueues kernels. The
-  // latter may be captured in a CUDA graph where is_reachable(); a graph serves every later step of
-  // as many rows (or fewer) and the same tensors, each launched after its own PlanStep on the same
-  // stream. PlanStep is local; where not is_reachable(), RunStep is what is collective.
+  // pages and uploads what the kernels need to know, and RunStep, which only enqueues kernels; no
+  // call that changes the cache comes between the two. The latter may be captured in a CUDA graph
+  // where is_reachable(); a graph serves every later step of as many rows (or fewer) and the same
+  // tensors, each launched after its own PlanStep on the same stream, and the cache's other calls
+  // must not run beside a launch. PlanStep is local; where not is_reachable(), RunStep is what is
+  // collective.
   absl::Status Step(absl::Span<const StepSequence> batch, const StepInputs& inputs,
                     const StepOutputs& outputs, void* stream = nullptr);
   virtual absl::Status PlanStep(absl::Span<const StepSequence> batch, void* stream = nullptr) = 0;
