@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-NGRAM = 8  # bytes that a token is made of
 _NO_BYTE = 256  # before the first
 
 
@@ -31,6 +30,7 @@ class ModelConfig:
     compress_k_weight: float = 0.25  # of each token of a block, at first
     compress_v_weight: float = 0.125
     rope_theta: float = 10000.0
+    ngram: int = 8  # bytes that a token is made of
 
     def sparse(self) -> nsa.Config:
         return nsa.Config(
@@ -184,7 +184,7 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """Bytes to the logits of the next byte.
 
-    A token is the sum of embeddings of the last NGRAM bytes, with a table for each distance; half
+    A token is the sum of embeddings of the last `ngram` bytes, with a table for each distance; half
     of its channels are those of the token before ("token shift"). Both are made of the bytes alone,
     so that no rank needs a neighbour's. The first layer and every second one have no
     positions (NoPE), the others RoPE. The dense model's MLPs are wider by what NSA has more:
@@ -198,7 +198,7 @@ class Model(nn.Module):
         if config.attention == "dense":
             # In steps of 16, as tensor cores like them.
             mlp += 16 * round(_more_parameters(config, group) / (32 * config.hidden))
-        self.embedding = nn.Parameter(torch.randn(NGRAM * (_NO_BYTE + 1), config.hidden // 2))
+        self.embedding = nn.Parameter(torch.randn(config.ngram * (_NO_BYTE + 1), config.hidden // 2))
         self.layers = nn.ModuleList(
             Layer(config, group, config.rope_theta if i % 2 else None, mlp)
             for i in range(config.num_layers)
@@ -215,12 +215,13 @@ class Model(nn.Module):
         """tokens [B,S] uint8, the same on every rank. Returns logits [B,T,256] f32 of this rank's
         tokens of `plan`, B documents of S tokens. summaries_only: sparse layers without positions
         attend to nothing else."""
-        padded = F.pad(tokens.long(), (NGRAM, 0), value=_NO_BYTE)
-        distances = torch.arange(NGRAM, device=tokens.device)
-        # Token t's bytes are padded[t+NGRAM-j], and those of the token before at one less.
-        grams = padded.unfold(1, NGRAM, 1).flip(-1) + distances * (_NO_BYTE + 1)
-        grams = self.shard(torch.stack([grams[:, 1:], grams[:, :-1]], 2), plan)  # [B,T,2,NGRAM]
-        x = F.embedding_bag(grams.flatten(0, 2), self.embedding, mode="sum") * NGRAM**-0.5
+        ngram = self.config.ngram
+        padded = F.pad(tokens.long(), (ngram, 0), value=_NO_BYTE)
+        distances = torch.arange(ngram, device=tokens.device)
+        # Token t's bytes are padded[t+ngram-j], and those of the token before at one less.
+        grams = padded.unfold(1, ngram, 1).flip(-1) + distances * (_NO_BYTE + 1)
+        grams = self.shard(torch.stack([grams[:, 1:], grams[:, :-1]], 2), plan)  # [B,T,2,ngram]
+        x = F.embedding_bag(grams.flatten(0, 2), self.embedding, mode="sum") * ngram**-0.5
         x = x.view(*grams.shape[:2], -1)
         for layer in self.layers:
             layer.summaries_only = summaries_only and not layer.has_positions
