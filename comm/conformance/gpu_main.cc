@@ -2,6 +2,8 @@
 //
 //   --gpu_ranks=N   start N ranks where there are fewer GPUs: they share them, which NCCL allows
 //                   since 2.30 with NCCL_MULTI_RANK_GPU_ENABLE=1, without load/store windows
+#include <cstdio>
+
 #include "absl/strings/numbers.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"

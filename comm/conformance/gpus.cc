@@ -34,6 +34,8 @@ int CountGpuRanks() {
 
 void SetGpuRanks(int num_ranks) { asked_ranks = num_ranks; }
 
+bool GpuRanksShareGpus() { return CountGpuRanks() > CountGpusElsewhere(); }
+
 int GpuOfRank(int rank) { return rank % std::max(CountGpus(), 1); }
 
 }  // namespace nsa::comm::conformance

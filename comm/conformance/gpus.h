@@ -9,6 +9,9 @@ namespace nsa::comm::conformance {
 int CountGpuRanks();
 void SetGpuRanks(int num_ranks);
 
+// Whether these are more than GPUs: then they do not reach each other's windows.
+bool GpuRanksShareGpus();
+
 // That of a rank: its number modulo that of the GPUs. In the rank's own process.
 int GpuOfRank(int rank);
 

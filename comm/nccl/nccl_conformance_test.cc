@@ -149,6 +149,7 @@ class Replay {
 TEST(NcclGraph, EpochsAndCollectivesReplay) {
   const int num_ranks = conformance::CountGpuRanks();
   if (num_ranks < 1) GTEST_SKIP() << "needs a GPU";
+  if (conformance::GpuRanksShareGpus()) GTEST_SKIP() << "needs a GPU for each rank";
   const int size = num_ranks;
   const int port = conformance::FreePort();
   const auto run = [&](int rank) -> absl::Status {
@@ -163,6 +164,7 @@ TEST(NcclGraph, EpochsAndCollectivesReplay) {
 TEST(NcclWindow, ReachesAllPeers) {
   const int size = conformance::CountGpuRanks();
   if (size < 1) GTEST_SKIP() << "needs a GPU";
+  if (conformance::GpuRanksShareGpus()) GTEST_SKIP() << "needs a GPU for each rank";
   constexpr int64_t kBytes = 1 << 20;
   const int port = conformance::FreePort();
   const auto run = [&](int rank) -> absl::Status {

@@ -182,6 +182,7 @@ INSTANTIATE_TEST_SUITE_P(All, NcclFault, testing::ValuesIn(Cases()), [](const au
 TEST(NcclLoss, MemoryOfTheDeadStays) {
   const int size = conformance::CountGpuRanks();
   if (size < 2) GTEST_SKIP() << "needs two GPUs";
+  if (conformance::GpuRanksShareGpus()) GTEST_SKIP() << "needs a GPU for each rank";
   constexpr int64_t kBytes = 4 << 20;
   const int port = FreePort();
   Processes processes(size, [&](int rank) -> absl::Status {

@@ -446,7 +446,7 @@ void ExpectAgreement(const StageProblem& problem, const Cut& cut = {},
   const auto close = [&](const char* name, const std::vector<double>& e,
                          const std::vector<float>& a, bool added) {
     ASSERT_EQ(e.size(), a.size()) << name;
-    std::vector<double> actual(a.begin(), a.end());
+    std::vector<double> actual = test::ToDoubles(a);
     if (added && cut.adds) {
       for (double& x : actual) x -= kBefore;
     }

@@ -112,8 +112,7 @@ TEST_F(GradientsTest, StoreGradient) {
         const int64_t head_stride = dim + 2, row_stride = heads * head_stride + 5;
         const std::vector<float> src = Normals(rows * heads * dim);
         const std::vector<float> drawn = Normals(rows * row_stride);
-        const std::vector<double> before =
-            test::Rounded(dtype, std::vector<double>(drawn.begin(), drawn.end()));
+        const std::vector<double> before = test::Rounded(dtype, test::ToDoubles(drawn));
         test::Bytes dst = test::Encode(dtype, before);
         ASSERT_TRUE(StoreGradient({.src = src.data(),
                                    .num_rows = rows,

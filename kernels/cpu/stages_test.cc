@@ -25,10 +25,6 @@ std::unique_ptr<Kernels> MakeKernels(int num_threads) {
   return *std::move(kernels);
 }
 
-std::vector<double> ToDouble(const std::vector<float>& values) {
-  return {values.begin(), values.end()};
-}
-
 void ExpectAgreement(const StageProblem& problem, const StageLayout& layout = {}) {
   SCOPED_TRACE(test::Describe(problem.config));
   const auto kernels = MakeKernels(2);
@@ -61,9 +57,12 @@ void ExpectAgreement(const StageProblem& problem, const StageLayout& layout = {}
   EXPECT_TRUE(test::Close("o_slc", expected->o_slc, Decode(dtype, out.o_slc), dv, tolerance));
   EXPECT_TRUE(test::Close("o_win", expected->o_win, Decode(dtype, out.o_win), dv, tolerance));
   EXPECT_TRUE(test::Close("o", expected->o, Decode(dtype, out.o), dv, tolerance));
-  EXPECT_TRUE(test::CloseElements("lse_cmp", expected->lse_cmp, ToDouble(out.lse_cmp), 2e-6, 1e-6));
-  EXPECT_TRUE(test::CloseElements("lse_slc", expected->lse_slc, ToDouble(out.lse_slc), 2e-6, 1e-6));
-  EXPECT_TRUE(test::CloseElements("lse_win", expected->lse_win, ToDouble(out.lse_win), 2e-6, 1e-6));
+  EXPECT_TRUE(
+      test::CloseElements("lse_cmp", expected->lse_cmp, test::ToDoubles(out.lse_cmp), 2e-6, 1e-6));
+  EXPECT_TRUE(
+      test::CloseElements("lse_slc", expected->lse_slc, test::ToDoubles(out.lse_slc), 2e-6, 1e-6));
+  EXPECT_TRUE(
+      test::CloseElements("lse_win", expected->lse_win, test::ToDoubles(out.lse_win), 2e-6, 1e-6));
 }
 
 TEST(StagesTest, StorageTypes) {

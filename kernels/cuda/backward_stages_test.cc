@@ -6,6 +6,7 @@
 
 #include "gtest/gtest.h"
 #include "kernels/cuda/backward_stages_testing.h"
+#include "kernels/cuda/mirrored_testing.h"
 #include "tests/reference/gradients.h"
 #include "tests/testing/compare.h"
 
@@ -16,6 +17,8 @@ using cpu::MakeStageProblem;
 using cpu::SmallConfig;
 using reference::CompressorKind;
 using reference::ReferenceConfig;
+
+using BackwardStagesTest = MirroredTest;
 
 INSTANTIATE_TEST_SUITE_P(Paths, BackwardStagesTest,
                          ::testing::Values(CudaPath::kAuto, CudaPath::kPortable), NameOfPath);
@@ -109,7 +112,7 @@ void ExpectCompressAgreement(const ReferenceConfig& config, const test::InputOpt
   const auto expect = [&](const char* name, const void* is_set, const std::vector<double>& wanted,
                           const std::vector<float>& values, int64_t row_size) {
     if (is_set == nullptr) return;
-    EXPECT_TRUE(test::Close(name, wanted, ToDoubles(values), row_size, kTolerance));
+    EXPECT_TRUE(test::Close(name, wanted, test::ToDoubles(values), row_size, kTolerance));
   };
   EXPECT_TRUE(test::Close("dx", dx, actual, dim, kTolerance));
   expect("weight", weights.weight, expected.weight, weight, l);
@@ -155,7 +158,7 @@ TEST_P(BackwardStagesTest, Gates) {
       const int64_t row_stride = heads * head_dim + 8;
       Random random(11);
       const auto make = [&](DType dtype, int64_t count) {
-        return test::Encode(dtype, ToDoubles(RandomFloats(count, &random)));
+        return test::Encode(dtype, test::ToDoubles(RandomFloats(count, &random)));
       };
       Bytes tensors[4];
       std::vector<double> values[4];
@@ -311,7 +314,7 @@ TEST_P(BackwardStagesTest, GradientsOfTheCallersType) {
     for (bool adds : {false, true}) {
       Random random(15);
       const std::vector<float> src = RandomFloats(kRows * kHeads * kDim, &random);
-      Bytes actual = test::Encode(dtype, ToDoubles(RandomFloats(kRows * kStride, &random)));
+      Bytes actual = test::Encode(dtype, test::ToDoubles(RandomFloats(kRows * kStride, &random)));
       std::vector<double> expected = test::Decode(dtype, actual);
       for (int64_t row = 0; row < kRows; ++row) {
         for (int64_t i = 0; i < kHeads * kDim; ++i) {

@@ -6,14 +6,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <vector>
 
-#include "gtest/gtest.h"
 #include "kernels/cpu/stages_testing.h"
-#include "kernels/cuda/cuda_kernels.h"
-#include "kernels/cuda/gpu_testing.h"
-#include "kernels/cuda/mirrored_kernels.h"
 #include "tests/testing/compare.h"
 
 namespace nsa::kernels::cuda {
@@ -23,10 +18,6 @@ using test::Bytes;
 using test::Random;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-inline std::vector<double> ToDoubles(const std::vector<float>& values) {
-  return {values.begin(), values.end()};
-}
 
 inline std::vector<float> RandomFloats(int64_t count, Random* random) {
   std::vector<float> values(count);
@@ -99,18 +90,6 @@ struct PlacedRows {
   PaddedRows own, halo;
   std::vector<Segment> segments;
   TokenRows view;
-};
-
-class BackwardStagesTest : public ::testing::TestWithParam<CudaPath> {
- protected:
-  void SetUp() override {
-    NSA_SKIP_WITHOUT_GPU();
-    auto kernels = CudaKernels::Create({.path = GetParam()});
-    ASSERT_TRUE(kernels.ok()) << kernels.status();
-    kernels_ = std::make_unique<MirroredKernels>(*std::move(kernels));
-  }
-
-  std::unique_ptr<Kernels> kernels_;
 };
 
 }  // namespace nsa::kernels::cuda

@@ -113,10 +113,6 @@ ReferenceConfig Config(int64_t q_heads, int64_t kv_heads, int64_t dk, int64_t dv
   return config;
 }
 
-std::vector<double> ToDouble(const std::vector<float>& values) {
-  return {values.begin(), values.end()};
-}
-
 // Of tokens that stand for all: the first and the last of each document, and some between.
 std::vector<int64_t> SampleTokens(const std::vector<int64_t>& cu_seqlens, int64_t count) {
   std::vector<int64_t> tokens;
@@ -153,7 +149,7 @@ void ExpectAgreesWithReference(const ReferenceProblem& made, const ScoreSelectOu
   EXPECT_TRUE(test::Close("o_cmp", Rows(expected->o_cmp, hq * dv, tokens), Rows(o, hq * dv, tokens),
                           dv, test::DefaultTolerance(dtype)));
   EXPECT_TRUE(test::CloseElements("lse_cmp", Rows(expected->lse_cmp, hq, tokens),
-                                  ToDouble(Rows(outputs.lse, hq, tokens)), 2e-6, 2e-6));
+                                  test::ToDoubles(Rows(outputs.lse, hq, tokens)), 2e-6, 2e-6));
   test::SelectionOptions selection;
   selection.query_tokens = &tokens;
   EXPECT_TRUE(
@@ -206,7 +202,8 @@ void ExpectAgreesWithCpu(const ScoreSelectProblem& problem, const ScoreSelectOut
   ASSERT_TRUE(status.ok()) << status;
   EXPECT_TRUE(test::Close("o_cmp", Decode(dims.dtype, o), Decode(dims.dtype, outputs.o), dv,
                           test::DefaultTolerance(dims.dtype)));
-  EXPECT_TRUE(test::CloseElements("lse_cmp", ToDouble(lse), ToDouble(outputs.lse), 4e-6, 4e-6));
+  EXPECT_TRUE(test::CloseElements("lse_cmp", test::ToDoubles(lse), test::ToDoubles(outputs.lse),
+                                  4e-6, 4e-6));
   ExpectFewFlips(dims, indices, outputs.block_indices, flips);
 }
 
@@ -446,8 +443,8 @@ TEST_F(HopperScoreSelectTest, LongDocuments) {
       ASSERT_EQ(portable.error, cudaSuccess);
       EXPECT_TRUE(test::Close("o_cmp", Decode(DType::kBF16, portable.o),
                               Decode(DType::kBF16, outputs.o), problem.dims.head_dim_v, 4e-3));
-      EXPECT_TRUE(
-          test::CloseElements("lse", ToDouble(portable.lse), ToDouble(outputs.lse), 4e-6, 4e-6));
+      EXPECT_TRUE(test::CloseElements("lse", test::ToDoubles(portable.lse),
+                                      test::ToDoubles(outputs.lse), 4e-6, 4e-6));
       ExpectFewFlips(problem.dims, portable.block_indices, outputs.block_indices, 1e-2);
       ExpectSame(problem, outputs,
                  RunScoreSelect(problem, {.segment_tokens = 5, .reverse_rows = true}));

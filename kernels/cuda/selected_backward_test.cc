@@ -10,6 +10,7 @@
 
 #include "gtest/gtest.h"
 #include "kernels/cuda/backward_stages_testing.h"
+#include "kernels/cuda/mirrored_testing.h"
 #include "tests/reference/gradients.h"
 #include "tests/testing/compare.h"
 
@@ -20,7 +21,7 @@ using cpu::MakeStageProblem;
 using cpu::SmallConfig;
 using reference::ReferenceConfig;
 
-using SelectedBackwardTest = BackwardStagesTest;
+using SelectedBackwardTest = MirroredTest;
 
 INSTANTIATE_TEST_SUITE_P(Paths, SelectedBackwardTest,
                          ::testing::Values(CudaPath::kAuto, CudaPath::kPortable), NameOfPath);
@@ -258,9 +259,9 @@ void ExpectAgreement(const SelectedProblem& problem, const SelectedLayout& layou
   const SelectedGradients out = RunSelected(problem, layout, kernels);
   const int64_t dk = problem.stage.dims.head_dim_qk, dv = problem.stage.dims.head_dim_v;
   const double tolerance = test::DefaultTolerance(problem.stage.dims.dtype);
-  EXPECT_TRUE(test::Close("dq", problem.expected.dq, ToDoubles(out.dq), dk, tolerance));
-  EXPECT_TRUE(test::Close("dk", problem.expected.dk_slc, ToDoubles(out.dk), dk, tolerance));
-  EXPECT_TRUE(test::Close("dv", problem.expected.dv_slc, ToDoubles(out.dv), dv, tolerance));
+  EXPECT_TRUE(test::Close("dq", problem.expected.dq, test::ToDoubles(out.dq), dk, tolerance));
+  EXPECT_TRUE(test::Close("dk", problem.expected.dk_slc, test::ToDoubles(out.dk), dk, tolerance));
+  EXPECT_TRUE(test::Close("dv", problem.expected.dv_slc, test::ToDoubles(out.dv), dv, tolerance));
 }
 
 TEST_P(SelectedBackwardTest, GroupSizes) {

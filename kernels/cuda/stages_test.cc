@@ -10,8 +10,7 @@
 #include "gtest/gtest.h"
 #include "kernels/cpu/stages_testing.h"
 #include "kernels/cuda/cuda_kernels.h"
-#include "kernels/cuda/gpu_testing.h"
-#include "kernels/cuda/mirrored_kernels.h"
+#include "kernels/cuda/mirrored_testing.h"
 #include "tests/testing/compare.h"
 
 namespace nsa::kernels::cuda {
@@ -26,15 +25,8 @@ using reference::CompressorKind;
 using reference::ReferenceConfig;
 using test::Decode;
 
-class StagesTest : public ::testing::TestWithParam<CudaPath> {
+class StagesTest : public MirroredTest {
  protected:
-  void SetUp() override {
-    NSA_SKIP_WITHOUT_GPU();
-    auto kernels = CudaKernels::Create({.path = GetParam()});
-    ASSERT_TRUE(kernels.ok()) << kernels.status();
-    kernels_ = std::make_unique<MirroredKernels>(*std::move(kernels));
-  }
-
   StageOutputs Run(const StageProblem& problem, const StageLayout& layout = {}) {
     auto outputs = cpu::RunStages(problem, layout, *kernels_);
     EXPECT_TRUE(outputs.ok()) << outputs.status();
@@ -69,8 +61,7 @@ class StagesTest : public ::testing::TestWithParam<CudaPath> {
     };
     const auto expect_lse = [](const char* name, const std::vector<double>& wanted,
                                const std::vector<float>& actual) {
-      const std::vector<double> values(actual.begin(), actual.end());
-      EXPECT_TRUE(test::CloseElements(name, wanted, values, 1e-5, 2e-6));
+      EXPECT_TRUE(test::CloseElements(name, wanted, test::ToDoubles(actual), 1e-5, 2e-6));
     };
     expect_rows("kc", summaries(problem.inputs.compress_k, problem.inputs.k_cmp, dk), out.kc, dk);
     expect_rows("vc", summaries(problem.inputs.compress_v, problem.inputs.v_cmp, dv), out.vc, dv);
@@ -101,8 +92,6 @@ class StagesTest : public ::testing::TestWithParam<CudaPath> {
     EXPECT_EQ(expected.lse_win, actual.lse_win);
     EXPECT_EQ(expected.block_indices, actual.block_indices);
   }
-
-  std::unique_ptr<Kernels> kernels_;
 };
 
 INSTANTIATE_TEST_SUITE_P(Paths, StagesTest, ::testing::Values(CudaPath::kAuto, CudaPath::kPortable),

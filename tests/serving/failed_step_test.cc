@@ -11,8 +11,8 @@
 #include "comm/loopback/loopback.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_kernels.h"
-#include "nsa/engine.h"
 #include "nsa/serving/kv_cache.h"
+#include "tests/serving/take_over.h"
 #include "tests/serving/unreachable.h"
 #include "tests/testing/delegating_kernels.h"
 
@@ -33,16 +33,6 @@ class FailingKernels final : public DelegatingKernels {
  private:
   int num_calls_ = 0;
 };
-
-serving::KvCacheOptions SmallCache() {
-  serving::KvCacheOptions options;
-  options.config.num_q_heads = options.config.num_kv_heads = 1;
-  options.config.head_dim_qk = options.config.head_dim_v = 64;
-  options.dtype = DType::kF32;
-  options.num_pages = 4;
-  options.max_tokens = 1024;
-  return options;
-}
 
 absl::Status Step(const std::shared_ptr<comm::Communicator>& communicator) {
   const int rank = communicator->rank();
@@ -109,38 +99,15 @@ class FailingTail final : public DelegatingKernels {
   bool fails = false;
 };
 
-// A forward of 200 tokens, which rank 0 takes over from both.
-absl::Status AppendForward(const std::shared_ptr<comm::Communicator>& communicator) {
+absl::Status TakeOverThatFails(const std::shared_ptr<comm::Communicator>& communicator) {
   auto created = kernels::CpuKernels::Create({.num_threads = 1});
   if (!created.ok()) return created.status();
   const auto kernels = std::make_shared<FailingTail>(*std::move(created));
-  const serving::KvCacheOptions options = SmallCache();
-  auto cache = serving::KvCache::Create(options, communicator, kernels);
-  if (!cache.ok()) return cache.status();
-  auto engine = Engine::Create({.config = options.config, .dtype = options.dtype},
-                               *ShardPlan::Parse("contiguous", 200, kRanks), communicator, kernels);
-  if (!engine.ok()) return engine.status();
-  std::vector<float> zeros(100 * 64), o(100 * 64);
-  const ConstTensor rows(zeros.data(), DType::kF32, {100, 1, 64});
-  ForwardInputs inputs;
-  inputs.q = rows;
-  inputs.gate = ConstTensor(zeros.data(), DType::kF32, {100, 1, 3});
-  inputs.SetSharedKv(rows, rows);
-  ForwardOutputs outputs;
-  outputs.o = Tensor(o.data(), DType::kF32, {100, 1, 64});
-  if (absl::Status s = (*engine)->Forward(inputs, outputs); !s.ok()) return s;
-  serving::SequenceId sequence = 0;
-  if (communicator->rank() == 0) {
-    const auto opened = (*cache)->Open();
-    if (!opened.ok()) return opened.status();
-    sequence = *opened;
-  }
-  kernels->fails = communicator->rank() == 1;
-  return (*cache)->AppendForward(/*home=*/0, sequence, **engine, inputs, /*document=*/0);
+  return TakeOver(communicator, kernels, [&] { kernels->fails = communicator->rank() == 1; });
 }
 
 TEST(FailedAppendTest, ReachesTheHomeAtOnce) {
-  const std::vector<absl::Status> status = OnRanks(AppendForward);
+  const std::vector<absl::Status> status = OnRanks(TakeOverThatFails);
   EXPECT_EQ(status[1], absl::InternalError("the GPU fell off the bus"));
   EXPECT_EQ(status[0].code(), absl::StatusCode::kAborted) << status[0];
 }

@@ -24,6 +24,10 @@ Bytes Encode(DType dtype, absl::Span<const double> values);
 std::vector<double> Decode(DType dtype, const void* data, int64_t count);
 std::vector<double> Decode(DType dtype, const Bytes& bytes);
 
+inline std::vector<double> ToDoubles(absl::Span<const float> values) {
+  return {values.begin(), values.end()};
+}
+
 // The values as `dtype` would keep them.
 std::vector<double> Rounded(DType dtype, absl::Span<const double> values);
 

@@ -63,13 +63,13 @@ def places_of(tensors):
     return (*kv, *range(7, len(tensors)))
 
 
-# References to them by Engine.number.
-_engines = {}
+# By Engine.number.
+_engines = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 def engine_of_number(number: int) -> "Engine":
-    engine = _engines.get(number, lambda: None)()
+    engine = _engines.get(number)
     if engine is None:
         raise RuntimeError(
             f"engine {number} is gone: it must live as long as what was traced with it"
@@ -177,8 +177,7 @@ class Engine:
         )
         weakref.finalize(self, lib.nsa_engine_destroy, self.handle)
         self.number = next(_numbers)
-        _engines[self.number] = weakref.ref(self)
-        weakref.finalize(self, _engines.pop, self.number)
+        _engines[self.number] = self
         count = ctypes.c_int64()
         save_options = ctypes.byref(self._save_options)
         check(lib.nsa_engine_saved_bytes(self.handle, save_options, ctypes.byref(count)))

@@ -382,7 +382,8 @@ def context_parallel(rank, size, device):
         alone.zero_grad()
         parallel.zero_grad_buffer()
     core = next(module for module in sharded.modules() if isinstance(module, NSACoreAttention))
-    ends, qkv = torch.tensor([0, 99, TOKENS], device=device), make_qkv(TOKENS // size, device=device)
+    ends = torch.tensor([0, 99, TOKENS], device=device)
+    qkv = make_qkv(TOKENS // size, device=device)
     try:
         core(*qkv, None, packed_seq_params=PackedSeqParams("thd", ends, ends))
     except ValueError as error:
