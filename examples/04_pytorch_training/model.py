@@ -18,7 +18,7 @@ class ModelConfig:
     attention: str  # "nsa" or "dense"
     num_layers: int = 4
     hidden: int = 256  # H
-    mlp: int = 416
+    mlp: int = 352
     num_q_heads: int = 8  # Hq
     num_kv_heads: int = 1  # Hkv
     head_dim: int = 128  # D
@@ -30,7 +30,7 @@ class ModelConfig:
     compress_k_weight: float = 0.25  # of each token of a block, at first
     compress_v_weight: float = 0.125
     rope_theta: float = 10000.0
-    ngram: int = 8  # bytes that a token is made of
+    ngram: int = 12  # bytes that a token is made of
 
     def sparse(self) -> nsa.Config:
         return nsa.Config(

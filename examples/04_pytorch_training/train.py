@@ -46,7 +46,7 @@ def parse_arguments():
         "--summary_share",
         type=float,
         default=0.5,
-        help="of the steps of the first 70%%: nsa attends to summaries only, see model.py",
+        help="of all steps but the last 5%%: nsa attends to summaries only, see model.py",
     )
     parser.add_argument("--warmup_steps", type=int, default=50, help="of every run")
     parser.add_argument("--eval_lengths", default="4096,8192,16384,32768,65536")
@@ -154,7 +154,7 @@ class Trainer:
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate * arguments.learning_rate
         count = max(1, int(answers.sum()))
-        share = arguments.summary_share if self.step < 0.7 * arguments.steps else 0
+        share = arguments.summary_share if self.step < 0.95 * arguments.steps else 0
         # So many of each hundred steps, evenly.
         summaries_only = int((self.step + 1) * share) > int(self.step * share)
         loss, hits, mask = self.losses(sequences, answers, summaries_only)
