@@ -35,7 +35,8 @@ def draw_needles(results):
         image = axis.imshow(grid, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
         for i, row in enumerate(grid):
             for j, share in enumerate(row):
-                axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
+                axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=7,
+                          color="black" if 0.2 < share < 0.8 else "white")
         axis.set_xticks(range(len(lengths)), [f"{length / 1024:g}k" for length in lengths])
         axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
         axis.set_title(f"{name_of(result)}\n{needles['samples']} needles a cell", fontsize=9)
