@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# tools/python_env.sh: prints the path of a Python with pytest, a torch for CPUs and the stacks that
-# nsa.adapters is for, which it makes when there is none yet. torch's wheel asks for two gigabytes of CUDA's libraries, of which a CPU
-# uses the runtime: empty ones stand in for the others. Functions are looked up when called, which
-# they are not; the variables that torch names are there.
+# tools/python_env.sh: prints the path of a Python with pytest, matplotlib, a torch for CPUs and the
+# stacks that nsa.adapters is for, which it makes when there is none yet. torch's wheel asks for two
+# gigabytes of CUDA's libraries, of which a CPU uses the runtime: empty ones stand in for the others.
+# Functions are looked up when called, which they are not; the variables that torch names are there.
 set -euo pipefail
 torch=2.15.0
-folder=${XDG_CACHE_HOME:-$HOME/.cache}/nsa-python/torch-$torch-stacks
+folder=${XDG_CACHE_HOME:-$HOME/.cache}/nsa-python/torch-$torch-stacks-plots
 python=$folder/bin/python
 if [[ ! -e $folder/complete ]]; then
   {
     rm -rf "$folder"
     python3 -m venv "$folder"
-    "$python" -m pip install -q pytest numpy setuptools 'nvidia-cuda-runtime==13.2.*' \
+    "$python" -m pip install -q pytest matplotlib numpy setuptools 'nvidia-cuda-runtime==13.2.*' \
       filelock typing-extensions sympy networkx jinja2 fsspec
     "$python" -m pip install -q --no-deps "torch==$torch"
     "$python" -m pip install -q transformers==5.23.0

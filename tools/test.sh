@@ -39,6 +39,7 @@ python_package() {
 }
 # On what the step before has built.
 pytorch_example() { run_pytest "$(tools/python_env.sh)" examples/04_pytorch_training; }
+plots() { run_pytest "$(tools/python_env.sh)" benchmarks/test_plot.py; }
 # As it is installed, without torch.
 wheel() {
   tools/build_wheel.sh "$results/wheel" && python3 -m venv "$results/venv" &&
@@ -59,6 +60,7 @@ steps=(
   bundle
   python_package
   pytorch_example
+  plots
   wheel
 )
 
