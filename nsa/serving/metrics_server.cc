@@ -13,11 +13,22 @@ namespace nsa::serving {
 namespace {
 
 constexpr char kHost[] = "127.0.0.1";
+constexpr int kMaxPort = 65535;
+// A client that says nothing, or keeps its connection, holds off the others and the server's end
+// for a second at most.
+constexpr int kThreads = 4;
+constexpr int kTimeoutSeconds = 1;
+constexpr size_t kMaxBodyBytes = 1024;
 
 class MetricsServerImpl : public MetricsServer {
  public:
   explicit MetricsServerImpl(Service& service) {
-    server_.new_task_queue = [] { return new httplib::ThreadPool(1); };
+    server_.new_task_queue = [] { return new httplib::ThreadPool(kThreads); };
+    server_.set_keep_alive_max_count(1);
+    server_.set_keep_alive_timeout(kTimeoutSeconds);
+    server_.set_read_timeout(kTimeoutSeconds);
+    server_.set_write_timeout(kTimeoutSeconds);
+    server_.set_payload_max_length(kMaxBodyBytes);
     server_.Get("/metrics", [&service](const httplib::Request&, httplib::Response& response) {
       response.set_content(service.MetricsText(), "text/plain; version=0.0.4; charset=utf-8");
     });
@@ -35,6 +46,10 @@ class MetricsServerImpl : public MetricsServer {
   }
 
   absl::Status Listen(int port) {
+    if (port < 0 || port > kMaxPort) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("port = ", port, ": must lie in [0, ", kMaxPort, "]"));
+    }
     // The library's own options let several servers share a port.
     server_.set_socket_options([](socket_t socket) {
       const int yes = 1;

@@ -13,8 +13,8 @@ namespace nsa::serving {
 
 class MetricsServer {
  public:
-  // Listens on 127.0.0.1:`port`, 0: any free one. `service` must outlive it. Unavailable when the
-  // port can't be had.
+  // Listens on 127.0.0.1:`port`, 0: any free one. `service` must outlive it. InvalidArgument when
+  // there is no such port, Unavailable when it can't be had.
   static absl::StatusOr<std::unique_ptr<MetricsServer>> Start(Service& service, int port);
   virtual ~MetricsServer() = default;
   virtual int port() const = 0;

@@ -1,12 +1,18 @@
 #include "nsa/serving/metrics.h"
 
+#include <arpa/inet.h>
 #include <httplib.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <regex>
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nsa/service_testlib.h"
@@ -69,10 +75,14 @@ TEST(MetricsTest, ShowsWhatTheStatsSay) {
   }
 }
 
-TEST(MetricsTest, AreServed) {
-  auto service = *Service::Create(
+std::unique_ptr<Service> MakeService() {
+  return *Service::Create(
       SmallService(), std::move((*comm::LoopbackGroup::Create(1))[0]),
       std::shared_ptr<kernels::Kernels>(*kernels::CpuKernels::Create({.num_threads = 1})));
+}
+
+TEST(MetricsTest, AreServed) {
+  auto service = MakeService();
   auto client = *service->Connect();
   TokensRequest request(client->Control(Open(), absl::InfiniteFuture())->sequence(), {0, 1, 2});
   ASSERT_TRUE(client->Submit(request.request).ok());
@@ -100,6 +110,44 @@ TEST(MetricsTest, AreServed) {
   EXPECT_TRUE(service->Drain(absl::InfiniteFuture()).ok());
   EXPECT_EQ(http.Get("/healthz")->status, 503);
   EXPECT_EQ(http.Get("/healthz")->body, "DRAINING\n");
+}
+
+TEST(MetricsTest, NoClientHoldsUpTheOthers) {
+  auto service = MakeService();
+  auto server = *MetricsServer::Start(*service, /*port=*/0);
+  std::vector<int> silent(8);
+  for (int& client : silent) {
+    client = socket(AF_INET, SOCK_STREAM, 0);
+    sockaddr_in address = {};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(server->port());
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    ASSERT_EQ(connect(client, reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+  }
+  ASSERT_EQ(send(silent[0], "GET /metr", 9, 0), 9);
+  httplib::Client keeper("127.0.0.1", server->port()), other("127.0.0.1", server->port());
+  keeper.set_keep_alive(true);
+  for (httplib::Client* client : {&keeper, &other}) {
+    client->set_read_timeout(20);  // on a busy host
+    const auto health = client->Get("/healthz");
+    ASSERT_TRUE(health) << httplib::to_string(health.error());
+    EXPECT_EQ(health->status, 200);
+  }
+  const auto large = other.Post("/metrics", std::string(1 << 20, 'x'), "text/plain");
+  EXPECT_TRUE(!large || large->status == 413);
+  const absl::Time begin = absl::Now();
+  server = nullptr;
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(4));
+  for (int client : silent) close(client);
+}
+
+TEST(MetricsTest, ThePortMustBeOne) {
+  auto service = MakeService();
+  for (int port : {-1, 65536}) {
+    const absl::Status status = MetricsServer::Start(*service, port).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+    EXPECT_THAT(status.message(), HasSubstr(absl::StrCat("port = ", port)));
+  }
 }
 
 }  // namespace
