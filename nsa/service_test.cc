@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <thread>
@@ -19,6 +20,7 @@ using serving::SequenceId;
 using testing::HasSubstr;
 
 constexpr absl::Time kNever = absl::InfiniteFuture();
+constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
 
 absl::Time In(absl::Duration duration) { return absl::Now() + duration; }
 
@@ -440,6 +442,13 @@ TEST_F(ServiceTest, ChecksItsOptions) {
       {[](ServiceOptions& o) { o.gate_dtype = DType::kF16; }, "gate_dtype = f16"},
       {[](ServiceOptions& o) { o.cache.config.num_q_heads = 2; }, "num_q_heads = 2"},
       {[](ServiceOptions& o) { o.cache.max_tokens = 0; }, "max_tokens = 0"},
+      {[](ServiceOptions& o) { o.cache.max_tokens = kMaxInt64; },
+       "max_tokens = 9223372036854775807"},
+      {[](ServiceOptions& o) { o.cache.max_sequences = 1 << 30; }, "max_sequences = 1073741824"},
+      {[](ServiceOptions& o) { o.cache.max_step_rows = 1 << 30; }, "max_step_rows = 1073741824"},
+      {[](ServiceOptions& o) { o.cache.summary_tokens = kMaxInt64; }, "summary_tokens = 92"},
+      {[](ServiceOptions& o) { o.cache.max_rollback_tokens = kMaxInt64; }, "rollback_tokens = 92"},
+      {[](ServiceOptions& o) { o.cache.num_pages = -1; }, "num_pages = -1"},
       {[](ServiceOptions& o) { o.cache.max_rollback_tokens = 63; }, "max_rollback_tokens = 63"},
   };
   for (const auto& [spoil, message] : wrongs) {
@@ -477,6 +486,25 @@ void OnTwoRanks(bool is_reachable,
 class TwoRanks : public testing::TestWithParam<bool> {};
 INSTANTIATE_TEST_SUITE_P(Caches, TwoRanks, testing::Bool(),
                          [](const auto& info) { return info.param ? "Reachable" : "Fetched"; });
+
+TEST(TwoRanksShares, MustHaveAFiniteSum) {
+  auto group = *comm::LoopbackGroup::Create(2);
+  std::vector<std::thread> threads;
+  for (auto& communicator : group) {
+    threads.emplace_back([&communicator] {
+      serving::KvCacheOptions options = SmallService().cache;
+      options.home_shares = {1e308, 1e308};
+      const absl::Status status =
+          serving::KvCache::Create(
+              options, std::move(communicator),
+              std::shared_ptr<kernels::Kernels>(*kernels::CpuKernels::Create({.num_threads = 1})))
+              .status();
+      EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+      EXPECT_THAT(status.message(), HasSubstr("home_shares = {1e+308, 1e+308}"));
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
 
 TEST_P(TwoRanks, ServeOneOfThemAlone) {
   OnTwoRanks(GetParam(), [](int rank, Service& service, comm::Communicator&) {

@@ -45,31 +45,31 @@ int64_t ShareBegin(const std::vector<double>& shares, int home, int64_t num_page
 absl::Status CheckOptions(const KvCacheOptions& options, int num_ranks,
                           const kernels::Kernels& kernels) {
   NSA_RETURN_IF_ERROR(Validate(options.config));
-  const std::pair<const char*, int64_t> positive[] = {{"max_sequences", options.max_sequences},
-                                                      {"max_tokens", options.max_tokens},
-                                                      {"max_step_rows", options.max_step_rows}};
-  for (const auto& [name, value] : positive) {
-    if (value >= 1) continue;
-    return absl::InvalidArgumentError(absl::StrCat(name, " = ", value, ": must be 1 or more"));
-  }
-  constexpr int64_t kMaxPages = int64_t{1} << 30;
-  if (options.num_pages < 0 || options.num_pages > kMaxPages) {
+  // Far beyond any host, and such that no product of them overflows.
+  const struct {
+    const char* name;
+    int64_t value, low, high;
+  } limits[] = {{"num_pages", options.num_pages, 0, int64_t{1} << 30},
+                {"max_sequences", options.max_sequences, 1, int64_t{1} << 20},
+                {"max_tokens", options.max_tokens, 1, int64_t{1} << 32},
+                {"summary_tokens", options.summary_tokens, 0, int64_t{1} << 36},
+                {"max_step_rows", options.max_step_rows, 1, int64_t{1} << 20},
+                {"max_rollback_tokens", options.max_rollback_tokens, 0, int64_t{1} << 32}};
+  for (const auto& [name, value, low, high] : limits) {
+    if (value >= low && value <= high) continue;
     return absl::InvalidArgumentError(
-        absl::StrCat("num_pages = ", options.num_pages, ": must lie in [0, ", kMaxPages, "]"));
-  }
-  if (options.summary_tokens < 0 || options.max_rollback_tokens < 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "summary_tokens = ", options.summary_tokens,
-        ", max_rollback_tokens = ", options.max_rollback_tokens, ": must not be negative"));
+        absl::StrCat(name, " = ", value, ": must lie in [", low, ", ", high, "]"));
   }
   const std::vector<double>& shares = options.home_shares;
   const bool all_valid = std::all_of(shares.begin(), shares.end(),
                                      [](double x) { return std::isfinite(x) && x >= 0.0; });
+  const double sum = std::accumulate(shares.begin(), shares.end(), 0.0);
   if (!shares.empty() && (static_cast<int>(shares.size()) != num_ranks || !all_valid ||
-                          std::accumulate(shares.begin(), shares.end(), 0.0) <= 0.0)) {
+                          !(sum > 0.0) || !std::isfinite(sum))) {
     return absl::InvalidArgumentError(absl::StrCat("home_shares = {", absl::StrJoin(shares, ", "),
                                                    "}: must be ", num_ranks,
-                                                   " numbers, none negative, not all zero"));
+                                                   " numbers, none negative, not all zero, of a "
+                                                   "finite sum"));
   }
   const kernels::AttentionDims dims = MakeDims(options.config, options.dtype);
   NSA_RETURN_IF_ERROR(kernels.Supports(dims));
