@@ -461,7 +461,8 @@ NSA_API nsa_status nsa_kv_cache_plan_step(nsa_kv_cache* cache, const nsa_step_se
                                           int32_t num_sequences, void* stream);
 /* Only enqueues, and may be captured in a CUDA graph where the cache is reachable: the graph then
  * serves every later step of as many rows or fewer, launched after its own plan_step. The tensors
- * have `num_rows` rows, at least those of the plan. */
+ * have `num_rows` rows, at least those of the plan. An error leaves the tokens that plan_step has
+ * added, for nsa_kv_cache_truncate. */
 NSA_API nsa_status nsa_kv_cache_run_step(nsa_kv_cache* cache, int64_t num_rows,
                                          const nsa_step_inputs* inputs,
                                          const nsa_step_outputs* outputs, void* stream);

@@ -84,6 +84,14 @@ absl::Status CheckOptions(const KvCacheOptions& options, int num_ranks,
   return CheckKeysAndValues(engine, 0, kernels.RowAlignment(), inputs);
 }
 
+// The new tokens of a step that was planned and has failed.
+void TakeBack(KvCache& cache, absl::Span<const StepSequence> batch) {
+  for (const StepSequence& step : batch) {
+    const absl::StatusOr<int64_t> num_tokens = cache.NumTokens(step.sequence);
+    if (num_tokens.ok()) cache.Truncate(step.sequence, *num_tokens - step.num_new).IgnoreError();
+  }
+}
+
 }  // namespace
 
 absl::Status KvCacheImpl::Prepare() {
@@ -289,7 +297,8 @@ absl::Status KvCacheImpl::Append(SequenceId sequence, const KvTokens& tokens, vo
   NSA_RETURN_IF_ERROR(
       CheckKeysAndValues(engine_options_, num_tokens, kernels_->RowAlignment(), inputs));
   NSA_RETURN_IF_ERROR(table_->Check(sequence, num_tokens));
-  return RunInOrder(stream, [&]() -> absl::Status {
+  const int64_t num_before = (*table_->Find(sequence))->num_tokens;
+  const absl::Status status = RunInOrder(stream, [&]() -> absl::Status {
     for (int64_t begin = 0; begin < num_tokens; begin += kMaxExtendTokens) {
       const auto num_rows = static_cast<int32_t>(std::min(kMaxExtendTokens, num_tokens - begin));
       const SequenceTable::Sequence* const found = *table_->Find(sequence);
@@ -305,6 +314,8 @@ absl::Status KvCacheImpl::Append(SequenceId sequence, const KvTokens& tokens, vo
     stats_.tokens_appended += num_tokens;
     return absl::OkStatus();
   });
+  if (!status.ok()) table_->Truncate(sequence, num_before).IgnoreError();
+  return status;
 }
 
 absl::StatusOr<SequenceId> KvCacheImpl::Fork(SequenceId sequence) {
@@ -312,8 +323,10 @@ absl::StatusOr<SequenceId> KvCacheImpl::Fork(SequenceId sequence) {
   std::vector<PageChange> changes;
   const absl::StatusOr<SequenceId> forked = table_->Fork(sequence, &changes);
   if (!forked.ok()) return forked.status();
-  NSA_RETURN_IF_ERROR(RunInOrder(nullptr, [&] { return Apply(changes, nullptr); }));
-  return *forked;
+  const absl::Status status = RunInOrder(nullptr, [&] { return Apply(changes, nullptr); });
+  if (status.ok()) return *forked;
+  table_->Close(*forked).IgnoreError();
+  return status;
 }
 
 absl::Status KvCacheImpl::CheckTensors(int64_t num_rows, const StepInputs& inputs,
@@ -356,12 +369,17 @@ absl::Status KvCacheImpl::PlanStep(absl::Span<const StepSequence> batch, void* s
   std::vector<kernels::DecodeRow> rows;
   for (const PlanRow& row : plan_) rows.push_back(row.row);
   rows.resize(options_.max_step_rows, {.sequence = -1, .position = 0});
-  ++stats_.steps;
-  stats_.tokens_appended += num_rows;
-  return RunInOrder(stream, [&]() -> absl::Status {
+  const absl::Status status = RunInOrder(stream, [&]() -> absl::Status {
     NSA_RETURN_IF_ERROR(Apply(*changes, stream));
     return UploadRows(rows, stream);
   });
+  if (!status.ok()) {
+    TakeBack(*this, batch);
+    return status;
+  }
+  ++stats_.steps;
+  stats_.tokens_appended += num_rows;
+  return absl::OkStatus();
 }
 
 kernels::DecodeSelectParams KvCacheImpl::SelectParams(int64_t begin, int64_t num_rows,
@@ -541,7 +559,11 @@ absl::Status KvCache::Step(absl::Span<const StepSequence> batch, const StepInput
   for (const StepSequence& step : batch) num_rows += step.num_new;
   absl::Status status = CheckTensors(num_rows, inputs, outputs);
   if (status.ok()) status = PlanStep(batch, stream);
-  if (status.ok()) return RunStep(num_rows, inputs, outputs, stream);
+  if (status.ok()) {
+    status = RunStep(num_rows, inputs, outputs, stream);
+    if (!status.ok()) TakeBack(*this, batch);
+    return status;
+  }
   // Where a step is collective, the others take this rank to be in it.
   if (!is_reachable()) {
     status.Update(PlanStep({}, stream));

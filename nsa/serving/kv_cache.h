@@ -12,7 +12,8 @@
 // What is computed is the forward's function (nsa/engine.h) for the new tokens, each as token t of
 // its sequence (semantics: "Decode").
 //
-// One thread of a rank calls at a time. Errors leave every sequence as it was:
+// One thread of a rank calls at a time. Errors leave every sequence as it was, those of kernels and
+// communicator as far back as max_rollback_tokens; RunStep's leave what its PlanStep has added.
 //   InvalidArgument    names the field, the value and the rule
 //   NotFound           there is no such sequence on this rank
 //   ResourceExhausted  pages, summary pages or sequences of this home: how many are asked and free

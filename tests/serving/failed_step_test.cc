@@ -112,5 +112,67 @@ TEST(FailedAppendTest, ReachesTheHomeAtOnce) {
   EXPECT_EQ(status[0].code(), absl::StatusCode::kAborted) << status[0];
 }
 
+// Fails in one call of what the cache asks for, counted from when it is told so.
+class FailingCall final : public DelegatingKernels {
+ public:
+  using DelegatingKernels::DelegatingKernels;
+  absl::Status AppendTokens(const kernels::AppendTokensParams& params, void* stream) override {
+    const absl::Status failed = Count(append);
+    return failed.ok() ? DelegatingKernels::AppendTokens(params, stream) : failed;
+  }
+  absl::Status CopyFromHost(void* dst, const void* src, int64_t num_bytes, void* stream) override {
+    const absl::Status failed = Count(copy);
+    return failed.ok() ? DelegatingKernels::CopyFromHost(dst, src, num_bytes, stream) : failed;
+  }
+  int append = 0, copy = 0;  // which call from now fails; 0: none
+
+ private:
+  static absl::Status Count(int& call) {
+    return call > 0 && --call == 0 ? absl::InternalError("the GPU fell off the bus")
+                                   : absl::OkStatus();
+  }
+};
+
+TEST(FailedCallTest, LeavesSequencesAsTheyWere) {
+  const auto kernels = std::make_shared<FailingCall>(
+      std::shared_ptr<kernels::Kernels>(*kernels::CpuKernels::Create({.num_threads = 1})));
+  serving::KvCacheOptions options = SmallCache();
+  options.num_pages = 64;
+  options.max_tokens = 4096;
+  auto cache = *serving::KvCache::Create(
+      options, std::shared_ptr(std::move((*comm::LoopbackGroup::Create(1))[0])), kernels);
+  const serving::SequenceId sequence = *cache->Open();
+  const std::vector<float> zeros(2000 * 64);
+  const auto rows = [&](int64_t count, int64_t dim) {
+    return ConstTensor(zeros.data(), DType::kF32, {count, 1, dim});
+  };
+  serving::KvTokens kv;
+  kv.k_slc = kv.v_slc = rows(100, 64);
+  ASSERT_TRUE(cache->Append(sequence, kv).ok());
+  const serving::KvCacheStats before = cache->Stats();
+  const auto expect_as_before = [&](const absl::Status& status) {
+    EXPECT_EQ(status, absl::InternalError("the GPU fell off the bus"));
+    EXPECT_EQ(*cache->NumTokens(sequence), 100);
+    EXPECT_EQ(cache->Stats().sequences, 1);
+    EXPECT_EQ(cache->Stats().pages_used, before.pages_used);
+  };
+
+  kv.k_slc = kv.v_slc = rows(2000, 64);
+  kernels->append = 2;  // of the two that so many tokens take
+  expect_as_before(cache->Append(sequence, kv));
+
+  const serving::StepSequence step = {sequence, 50};
+  std::vector<float> o(50 * 64);
+  kv.k_slc = kv.v_slc = rows(50, 64);
+  for (int* call : {&kernels->append, &kernels->copy}) {
+    *call = 1;
+    expect_as_before(cache->Step({&step, 1}, {.q = rows(50, 64), .kv = kv, .gate = rows(50, 3)},
+                                 {.o = Tensor(o.data(), DType::kF32, {50, 1, 64})}));
+  }
+
+  kernels->copy = 1;
+  expect_as_before(cache->Fork(sequence).status());
+}
+
 }  // namespace
 }  // namespace nsa::test
