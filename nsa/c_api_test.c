@@ -300,15 +300,14 @@ static void TestGroups(void) {
   nsa_group_destroy(group);
 }
 
-static nsa_engine* TestEngine(nsa_group* group) {
+static nsa_engine* TestEngine(nsa_group* group, const nsa_config* config) {
   NSA_NEW(nsa_engine_options, options);
   options.dtype = NSA_F32;
   options.has_backward = 1;
   options.max_hidden_width = kHidden;
-  const nsa_config config = TestConfig();
   nsa_plan* plan = TestPlan();
   nsa_engine* engine = NULL;
-  CHECK_OK(nsa_engine_create(&options, &config, plan, group, &engine));
+  CHECK_OK(nsa_engine_create(&options, config, plan, group, &engine));
   nsa_plan_destroy(plan);
   return engine;
 }
@@ -344,7 +343,7 @@ static void TestEngineErrors(void) {
   nsa_engine_destroy(engine);
   nsa_plan_destroy(plan);
 
-  engine = TestEngine(group);
+  engine = TestEngine(group, &config);
   ExpectedRun run = NewRun();
   FillInputs(&run);
   nsa_forward_inputs inputs = ForwardInputs(run.inputs);
@@ -404,7 +403,7 @@ static void TestValues(void) {
 
   ExpectedRun run = NewRun();
   nsa_group* group = TestGroup();
-  nsa_engine* engine = TestEngine(group);
+  nsa_engine* engine = TestEngine(group, &config);
   nsa_group_destroy(group); /* the engine keeps it */
   const nsa_forward_inputs inputs = ForwardInputs(expected.inputs);
   NSA_NEW(nsa_forward_outputs, outputs);
@@ -551,7 +550,7 @@ static void TestDecode(void) {
   }
 
   /* A forward's document is taken over as it is. */
-  nsa_engine* engine = TestEngine(group);
+  nsa_engine* engine = TestEngine(group, &config);
   NSA_NEW(nsa_forward_outputs, forward_outputs);
   forward_outputs.o = o2;
   CHECK_OK(nsa_engine_forward(engine, &inputs, &forward_outputs, NULL, NULL));
@@ -560,6 +559,14 @@ static void TestDecode(void) {
   CHECK_OK(nsa_kv_cache_append_forward(cache, 0, taken, engine, &inputs, 1, NULL));
   CHECK_OK(nsa_kv_cache_num_tokens(cache, taken, &num_tokens));
   CHECK(num_tokens == kLength);
+  /* Not that of an engine with blocks of another size. */
+  nsa_engine_destroy(engine);
+  config.select_block_tokens = 128;
+  engine = TestEngine(group, &config);
+  CHECK_OK(nsa_engine_forward(engine, &inputs, &forward_outputs, NULL, NULL));
+  CHECK_OK(nsa_kv_cache_truncate(cache, taken, 0));
+  CHECK_ERROR(nsa_kv_cache_append_forward(cache, 0, taken, engine, &inputs, 1, NULL),
+              NSA_INVALID_ARGUMENT, "engine: its config must be the cache's");
 
   NSA_NEW(nsa_kv_cache_stats, stats);
   CHECK_OK(nsa_kv_cache_get_stats(cache, &stats));

@@ -56,6 +56,14 @@ absl::Status KvCacheImpl::CheckForwardPart(const ForwardPart& part) const {
     return absl::InvalidArgumentError(
         absl::StrCat("document = ", part.document_index, ": must lie in [0, ", num_documents, ")"));
   }
+  const kernels::Document& document = part.document();
+  if (document.num_cmp_blocks != NumCompressionBlocks(options_.config, document.num_tokens) ||
+      document.num_slc_blocks != NumSelectBlocks(options_.config, document.num_tokens)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("engine: its config must be the cache's, but document ", part.document_index,
+                     " of ", document.num_tokens, " tokens has ", document.num_cmp_blocks,
+                     " compression and ", document.num_slc_blocks, " select blocks there"));
+  }
   if (!part.engine.LastBlocks().is_there) {
     return absl::FailedPreconditionError(
         "engine: its memory must hold its last forward still, and none of another engine's");
