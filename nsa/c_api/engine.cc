@@ -13,9 +13,8 @@
 namespace nsa::c_api {
 namespace {
 
-absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const nsa_engine_options& options,
-                                                   const nsa_config* config, const nsa_plan& plan,
-                                                   const nsa_group& group) {
+absl::StatusOr<EngineOptions> ToEngineOptions(const nsa_engine_options& options,
+                                              const nsa_config* config) {
   absl::StatusOr<NsaConfig> read = ToConfig(config);
   if (!read.ok()) return read.status();
   EngineOptions engine;
@@ -28,8 +27,19 @@ absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const nsa_engine_options& opt
   engine.max_hidden_width = options.max_hidden_width;
   engine.time_stages = options.time_stages != 0;
   if (!reader.status().ok()) return reader.status();
-  return Engine::Create(engine, plan.plan, group.communicator, group.kernels,
-                        options.memory_of == nullptr ? nullptr : options.memory_of->engine.get());
+  return engine;
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const nsa_engine_options* given,
+                                                   const nsa_config* config, const nsa_plan* plan,
+                                                   const nsa_group& group) {
+  const absl::StatusOr<nsa_engine_options> read = ReadStruct("options", given);
+  if (!read.ok()) return FailTogether(group, read.status());
+  if (absl::Status s = CheckSet("plan", plan); !s.ok()) return FailTogether(group, s);
+  const absl::StatusOr<EngineOptions> options = ToEngineOptions(*read, config);
+  if (!options.ok()) return FailTogether(group, options.status());
+  return Engine::Create(*options, plan->plan, group.communicator, group.kernels,
+                        read->memory_of == nullptr ? nullptr : read->memory_of->engine.get());
 }
 
 absl::StatusOr<SaveOptions> ToSaveOptions(const nsa_save_options* options) {
@@ -104,13 +114,9 @@ using nsa::c_api::Run;
 nsa_status nsa_engine_create(const nsa_engine_options* options, const nsa_config* config,
                              const nsa_plan* plan, nsa_group* group, nsa_engine** engine) {
   return Run([&]() -> absl::Status {
-    const auto read = ReadStruct("options", options);
-    if (!read.ok()) return read.status();
-    if (absl::Status s = CheckSet("plan", plan, "group", group, "engine", engine); !s.ok()) {
-      return s;
-    }
+    if (absl::Status s = CheckSet("group", group, "engine", engine); !s.ok()) return s;
     absl::StatusOr<std::shared_ptr<nsa::Engine>> made =
-        nsa::c_api::MakeEngine(*read, config, *plan, *group);
+        nsa::c_api::MakeEngine(options, config, plan, *group);
     if (!made.ok()) return made.status();
     *engine = new nsa_engine{*std::move(made)};
     return absl::OkStatus();

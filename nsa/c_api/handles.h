@@ -4,10 +4,12 @@
 
 #include <memory>
 
+#include "absl/status/status.h"
 #include "comm/communicator.h"
 #include "kernels/kernels.h"
 #include "nsa/c_api.h"
 #include "nsa/engine.h"
+#include "nsa/passes/agreement.h"
 #include "nsa/plan/sharding.h"
 #include "nsa/serving/kv_cache.h"
 
@@ -32,5 +34,15 @@ struct nsa_saved_forward {
 struct nsa_kv_cache {
   std::unique_ptr<nsa::serving::KvCache> cache;
 };
+
+namespace nsa::c_api {
+
+// For what is wrong before a collective call that begins with an agreement, as those that create
+// do: the other ranks are in it, and fail likewise.
+inline absl::Status FailTogether(const nsa_group& group, const absl::Status& status) {
+  return Agree(*group.communicator, status, {});
+}
+
+}  // namespace nsa::c_api
 
 #endif  // NSA_C_API_HANDLES_H_

@@ -19,9 +19,8 @@ using serving::StepInputs;
 using serving::StepOutputs;
 using serving::StepSequence;
 
-absl::StatusOr<std::unique_ptr<KvCache>> MakeKvCache(const nsa_kv_cache_options& options,
-                                                     const nsa_config* config,
-                                                     const nsa_group& group) {
+absl::StatusOr<KvCacheOptions> ToKvCacheOptions(const nsa_kv_cache_options& options,
+                                                const nsa_config* config, int num_ranks) {
   absl::StatusOr<NsaConfig> read = ToConfig(config);
   if (!read.ok()) return read.status();
   KvCacheOptions cache;
@@ -30,7 +29,7 @@ absl::StatusOr<std::unique_ptr<KvCache>> MakeKvCache(const nsa_kv_cache_options&
   cache.dtype = reader.ToDType("dtype", options.dtype);
   cache.num_pages = options.num_pages;
   if (options.home_shares != nullptr) {
-    cache.home_shares.assign(options.home_shares, options.home_shares + group.communicator->size());
+    cache.home_shares.assign(options.home_shares, options.home_shares + num_ranks);
   }
   cache.max_sequences = OrDefault(options.max_sequences, cache.max_sequences);
   cache.max_tokens = OrDefault(options.max_tokens, cache.max_tokens);
@@ -41,7 +40,18 @@ absl::StatusOr<std::unique_ptr<KvCache>> MakeKvCache(const nsa_kv_cache_options&
   cache.compress_k = reader.ToCompressorParams("compress_k.", options.compress_k);
   cache.compress_v = reader.ToCompressorParams("compress_v.", options.compress_v);
   if (!reader.status().ok()) return reader.status();
-  return KvCache::Create(cache, group.communicator, group.kernels);
+  return cache;
+}
+
+absl::StatusOr<std::unique_ptr<KvCache>> MakeKvCache(const nsa_kv_cache_options* given,
+                                                     const nsa_config* config,
+                                                     const nsa_group& group) {
+  const absl::StatusOr<nsa_kv_cache_options> read = ReadStruct("options", given);
+  if (!read.ok()) return FailTogether(group, read.status());
+  const absl::StatusOr<KvCacheOptions> options =
+      ToKvCacheOptions(*read, config, group.communicator->size());
+  if (!options.ok()) return FailTogether(group, options.status());
+  return KvCache::Create(*options, group.communicator, group.kernels);
 }
 
 KvTokens ToKvTokens(const nsa_kv_tokens& tokens, Reader& reader) {
@@ -123,10 +133,8 @@ using nsa::serving::StepSequence;
 nsa_status nsa_kv_cache_create(const nsa_kv_cache_options* options, const nsa_config* config,
                                nsa_group* group, nsa_kv_cache** cache) {
   return Run([&]() -> absl::Status {
-    const auto read = ReadStruct("options", options);
-    if (!read.ok()) return read.status();
     if (absl::Status s = CheckSet("group", group, "cache", cache); !s.ok()) return s;
-    auto made = nsa::c_api::MakeKvCache(*read, config, *group);
+    auto made = nsa::c_api::MakeKvCache(options, config, *group);
     if (!made.ok()) return made.status();
     *cache = new nsa_kv_cache{*std::move(made)};
     return absl::OkStatus();

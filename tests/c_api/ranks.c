@@ -115,6 +115,23 @@ static void CheckWrongInputs(nsa_engine* engine, nsa_forward_inputs inputs,
   }
 }
 
+/* One rank's options cannot even be read: no other waits for it. */
+static void CheckWrongOptions(nsa_group* group, const nsa_config* config, const nsa_plan* plan) {
+  int32_t rank, size;
+  CHECK_OK(nsa_group_rank(group, &rank, &size));
+  char text[64];
+  snprintf(text, sizeof(text), "rank %d: dtype = 5", size - 1);
+  NSA_NEW(nsa_engine_options, engine_options);
+  NSA_NEW(nsa_kv_cache_options, cache_options);
+  engine_options.dtype = cache_options.dtype = rank == size - 1 ? 5 : NSA_BF16;
+  nsa_engine* engine = NULL;
+  nsa_kv_cache* cache = NULL;
+  CHECK_ERROR(nsa_engine_create(&engine_options, config, plan, group, &engine),
+              NSA_INVALID_ARGUMENT, text);
+  CHECK_ERROR(nsa_kv_cache_create(&cache_options, config, group, &cache), NSA_INVALID_ARGUMENT,
+              text);
+}
+
 /* Each rank takes over the second document from the forward, and decodes the tokens after it. */
 static uint16_t* Decode(nsa_group* group, const nsa_config* config, nsa_engine* engine,
                         const nsa_forward_inputs* inputs, const Sequence* all) {
@@ -155,6 +172,7 @@ static Results Compute(nsa_group* group, const nsa_plan* plan, const Sequence* a
   CHECK_OK(nsa_config_init(&config));
   config.num_q_heads = kHq;
   config.num_kv_heads = kHkv;
+  CheckWrongOptions(group, &config, plan);
   NSA_NEW(nsa_engine_options, options);
   options.dtype = NSA_BF16;
   options.has_backward = 1;
