@@ -501,11 +501,13 @@ static void TestDecode(void) {
               "max_step_rows = -1");
   options.max_step_rows = 0;
   CHECK_OK(nsa_kv_cache_create(&options, &config, group, &cache));
+  nsa_kv_cache* empty_cache = NULL;
+  CHECK_OK(nsa_kv_cache_create(&options, &config, group, &empty_cache));
   int32_t is_reachable = 0;
   CHECK_OK(nsa_kv_cache_is_reachable(cache, &is_reachable));
   CHECK(is_reachable == 1);
 
-  int64_t sequence = -1, forked = -1, num_tokens = -1;
+  int64_t sequence = -1, forked = -1, empty = -1, num_tokens = -1;
   CHECK_ERROR(nsa_kv_cache_close(cache, 12345), NSA_NOT_FOUND, "12345");
   CHECK_OK(nsa_kv_cache_open(cache, &sequence));
   nsa_kv_tokens tokens = KvRows(run.inputs, kBegin, kLength - kNew);
@@ -530,6 +532,12 @@ static void TestDecode(void) {
   batch.reserved = 0;
   CHECK_ERROR(nsa_kv_cache_step(cache, NULL, 1, &step, &outputs, NULL), NSA_INVALID_ARGUMENT,
               "sequences: null");
+  /* What nobody has planned does nothing. */
+  CHECK_OK(nsa_kv_cache_open(empty_cache, &empty));
+  CHECK_OK(nsa_kv_cache_run_step(empty_cache, kNew, &step, &outputs, NULL));
+  CHECK_OK(nsa_kv_cache_num_tokens(empty_cache, empty, &num_tokens));
+  CHECK(num_tokens == 0 && ((float*)o.data)[0] == 0);
+  nsa_kv_cache_destroy(empty_cache);
   CHECK_OK(nsa_kv_cache_step(cache, &batch, 1, &step, &outputs, NULL));
   /* The same on the fork, as a plan and a run, and again after it is taken back. */
   nsa_tensor o2 = NewOutput();

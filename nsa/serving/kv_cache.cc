@@ -189,6 +189,9 @@ absl::Status KvCacheImpl::Prepare() {
     status.Update(allocated.status());
     if (allocated.ok()) *to = *std::move(allocated);
   }
+  // No step is planned yet.
+  const std::vector<kernels::DecodeRow> no_rows(options_.max_step_rows, {-1, 0});
+  if (status.ok()) status.Update(UploadRows(no_rows, /*stream=*/nullptr));
   auto done = kernels_->CreateEvent(kernels::EventUse::kOrder);
   status.Update(done.status());
   if (done.ok()) {
