@@ -129,6 +129,10 @@ absl::Status CheckOptions(const LaunchOptions& options, const ProcessPlace& plac
                      ": must be 0 or 1 on GPUs, where each rank is a ",
                      "process; mpirun or torchrun start several");
     }
+    if (options.num_ranks > kMaxThreads) {
+      return Invalid("ranks = ", options.num_ranks, ": must lie in [0, ", kMaxThreads,
+                     "] where they are threads of one process");
+    }
     return absl::OkStatus();
   }
   if (backend == "loopback") {

@@ -247,6 +247,9 @@ TEST(RunRanksTest, NamesWhatIsWrong) {
   const auto never = [](const RankContext&) { return absl::InternalError("must not run"); };
   EXPECT_EQ(RunRanks({.num_ranks = -1}, EmptyEnvironment, never),
             absl::InvalidArgumentError("ranks = -1: must be 0 or more"));
+  EXPECT_EQ(RunRanks({.num_ranks = 1 << 30}, EmptyEnvironment, never),
+            absl::InvalidArgumentError("ranks = 1073741824: must lie in [0, 4096] where they are "
+                                       "threads of one process"));
   EXPECT_EQ(
       RunRanks({.backend = "telepathy"}, EmptyEnvironment, never),
       absl::InvalidArgumentError("backend = \"telepathy\": must be auto, loopback, ucx or nccl"));
