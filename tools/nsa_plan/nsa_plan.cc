@@ -1,5 +1,6 @@
 // Prints what a forward would take, without running it: see kUsage.
 
+#include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <memory>
@@ -103,7 +104,9 @@ absl::Status Run() {
   };
   absl::StatusOr<std::string> report = nsa::tools::PlanReport(question, **kernels);
   if (!report.ok()) return report.status();
-  std::fputs(report->c_str(), stdout);
+  if (std::fputs(report->c_str(), stdout) < 0 || std::fflush(stdout) != 0) {
+    return absl::ErrnoToStatus(errno, "can't write the report to stdout");
+  }
 
   if (const std::string folder = absl::GetFlag(FLAGS_svg); !folder.empty()) {
     absl::StatusOr<nsa::tools::PlanDrawings> drawings = nsa::tools::DrawPlan(question, **kernels);

@@ -40,4 +40,8 @@ expect 1 'fetch_budget_mib = -1: must lie in' --tokens 10 --fetch_budget_mib -1
 expect 1 'no_such_file.json' --config no_such_file.json --tokens 10
 expect 1 'no_such_flag' --no_such_flag
 expect 1 'takes flags only' --tokens 10 65536
+"$nsa_plan" --tokens 10 >/dev/full 2>/dev/null && {
+  echo "FAILED: succeeds although nothing could be printed" >&2
+  failures=$((failures + 1))
+}
 exit "$((failures > 0))"
