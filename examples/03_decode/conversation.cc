@@ -52,14 +52,19 @@ absl::StatusOr<double> Step(absl::Span<Conversation> conversations, Client& clie
     if (absl::Status status = conversation.Prepare(); !status.ok()) return status;
   }
   const absl::Time begin = absl::Now();
+  absl::Status status;
+  size_t num_submitted = 0;
   for (const Conversation& conversation : conversations) {
-    if (absl::Status status = conversation.Submit(client); !status.ok()) return status;
+    status = conversation.Submit(client);
+    if (!status.ok()) break;
+    ++num_submitted;
   }
-  for (size_t i = 0; i < conversations.size(); ++i) {
+  // Of all, also after an error: until a result is there, the service uses the request's tensors.
+  for (; num_submitted > 0; --num_submitted) {
     const auto result = client.Next(absl::InfiniteFuture());
-    if (!result.ok()) return result.status();
-    if (!result->status.ok()) return result->status;
+    status.Update(result.ok() ? result->status : result.status());
   }
+  if (!status.ok()) return status;
   const double seconds = absl::ToDoubleSeconds(absl::Now() - begin);
   for (Conversation& conversation : conversations) {
     if (absl::Status status = conversation.Read(); !status.ok()) return status;
