@@ -115,7 +115,7 @@ class Service {
       std::shared_ptr<comm::Communicator> communicator, std::shared_ptr<kernels::Kernels> kernels);
   // Shuts down, waiting for at most the communicator's timeout. Clients may live on. The pages of
   // other ranks' sequences go along: ranks that share some end together, as behind a Barrier in
-  // RunCollective.
+  // RunCollective, which waits no longer than the communicator's timeout.
   virtual ~Service() = default;
 
   virtual absl::StatusOr<std::unique_ptr<Client>> Connect(const ClientOptions& options = {}) = 0;
