@@ -104,7 +104,7 @@ class KvCacheImpl final : public KvCache {
   char* AddressOf(int list, PageId page) const {
     if (list == table_->num_lists()) {
       return static_cast<char*>(summaries_->data()) +
-             page * kernels::kSummaryPageBlocks * summary_row_bytes_;
+             int64_t{page} * kernels::kSummaryPageBlocks * summary_row_bytes_;
     }
     const int owner = table_->pages().RankOf(page);
     if (bases_[owner] == nullptr) return nullptr;
