@@ -30,16 +30,33 @@ std::vector<int64_t> Tokens(int64_t count, int64_t first = 0) {
   return tokens;
 }
 
-// CPU kernels whose attention fails on demand.
+// CPU kernels whose attention, or whose copies, fail on demand.
 class FailingKernels : public test::DelegatingKernels {
  public:
   using DelegatingKernels::DelegatingKernels;
+  absl::Status CopyFromHost(void* dst, const void* src, int64_t num_bytes, void* stream) override {
+    if (num_copies_that_fail > 0 && num_copies_that_fail-- > 0) {
+      return absl::InternalError("CopyFromHost was told to fail");
+    }
+    return DelegatingKernels::CopyFromHost(dst, src, num_bytes, stream);
+  }
+  absl::Status CopyPieces(const kernels::CopyPiecesParams& params, void* stream) override {
+    if (fails_to_gather.exchange(false)) return absl::InternalError("CopyPieces was told to fail");
+    return DelegatingKernels::CopyPieces(params, stream);
+  }
   absl::Status DecodeAttend(const kernels::DecodeAttendParams& params, void* stream) override {
     if (fails) return absl::InternalError("DecodeAttend was told to fail");
     return DelegatingKernels::DecodeAttend(params, stream);
   }
   std::atomic<bool> fails = false;
+  std::atomic<int> num_copies_that_fail = 0;  // of those to come
+  std::atomic<bool> fails_to_gather = false;  // once
 };
+
+std::shared_ptr<FailingKernels> MakeKernels() {
+  return std::make_shared<FailingKernels>(
+      std::shared_ptr<kernels::Kernels>(*kernels::CpuKernels::Create({.num_threads = 1})));
+}
 
 class ServiceTest : public testing::Test {
  protected:
@@ -92,8 +109,7 @@ class ServiceTest : public testing::Test {
     std::thread thread_;
   };
 
-  std::shared_ptr<FailingKernels> kernels_ = std::make_shared<FailingKernels>(
-      std::shared_ptr<kernels::Kernels>(*kernels::CpuKernels::Create({.num_threads = 1})));
+  std::shared_ptr<FailingKernels> kernels_ = MakeKernels();
   std::shared_ptr<comm::Communicator> communicator_;
   std::unique_ptr<Service> service_;
   std::unique_ptr<Client> client_;
@@ -464,7 +480,8 @@ TEST_F(ServiceTest, ChecksItsOptions) {
 
 // Two ranks, each with a client, as threads.
 void OnTwoRanks(bool is_reachable,
-                const std::function<void(int rank, Service&, comm::Communicator&)>& run) {
+                const std::function<void(int rank, Service&, comm::Communicator&)>& run,
+                const std::shared_ptr<FailingKernels>& kernels_of_rank_0 = MakeKernels()) {
   auto group = *comm::LoopbackGroup::Create(2);
   std::vector<std::thread> threads;
   for (int rank = 0; rank < 2; ++rank) {
@@ -473,9 +490,8 @@ void OnTwoRanks(bool is_reachable,
       if (!is_reachable) {
         communicator = std::make_shared<test::UnreachableCommunicator>(communicator);
       }
-      auto service = Service::Create(
-          SmallService(), communicator,
-          std::shared_ptr<kernels::Kernels>(*kernels::CpuKernels::Create({.num_threads = 1})));
+      auto service = Service::Create(SmallService(), communicator,
+                                     rank == 0 ? kernels_of_rank_0 : MakeKernels());
       ASSERT_TRUE(service.ok()) << service.status();
       run(rank, **service, *communicator);
     });
@@ -586,6 +602,32 @@ TEST(TwoRanksFetching, GoOnWithoutEachOther) {
                ASSERT_TRUE(result->status.ok()) << result->status;
                EXPECT_EQ(after.o, AloneCache().Decode(Tokens(41), 1));
              });
+}
+
+TEST(TwoRanksFetching, AStepThatDoesNotBeginHarmsNoOther) {
+  const auto kernels = MakeKernels();
+  OnTwoRanks(
+      /*is_reachable=*/false,
+      [&](int rank, Service& service, comm::Communicator& communicator) {
+        auto client = *service.Connect();
+        TokensRequest request(client->Control(Open(), kNever)->sequence(), Tokens(3));
+        const auto decode = [&] {
+          EXPECT_TRUE(client->Submit(request.request).ok());
+          return client->Next(kNever)->status;
+        };
+        if (rank == 0) {
+          kernels->fails_to_gather = true;
+          EXPECT_EQ(decode(), absl::InternalError("CopyPieces was told to fail"));
+          kernels->num_copies_that_fail = 2;  // of the plan, and of the empty one in its place
+          EXPECT_EQ(decode(), absl::InternalError("CopyFromHost was told to fail"));
+        }
+        EXPECT_TRUE(decode().ok());
+        EXPECT_EQ(request.o, AloneCache().Decode(Tokens(3), 3));
+        EXPECT_TRUE(communicator.HealthCheck().ok()) << communicator.HealthCheck();
+        EXPECT_TRUE(
+            client->RunCollective([&](serving::KvCache&) { return communicator.Barrier(); }).ok());
+      },
+      kernels);
 }
 
 TEST(TwoRanksFetching, AreShutDownTogetherOrAtTheDeadline) {

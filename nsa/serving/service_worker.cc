@@ -111,7 +111,8 @@ absl::Status ServiceWorker::PlanAndRun(const std::vector<RequestPtr>& batch) {
   absl::Status status = cache_->PlanStep(steps, stream_->get());
   if (!status.ok()) {
     // Other ranks may need this one in their step.
-    if (in_step_with_ranks_ && cache_->PlanStep({}, stream_->get()).ok()) {
+    if (in_step_with_ranks_) {
+      cache_->PlanStep({}, stream_->get()).IgnoreError();
       buffers_->RunStep({}, *cache_, stream_->get()).IgnoreError();
     }
     return status;

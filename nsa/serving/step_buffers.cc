@@ -185,7 +185,12 @@ absl::Status StepBuffers::RunStep(absl::Span<const DecodeRequest* const> request
   for (size_t lane = 0; lane < o_lane && status.ok(); ++lane) {
     status = Copy(lane, num_rows, /*to_caller=*/false, stream);
   }
-  if (status.ok()) status = cache.RunStep(num_rows, inputs_, {.o = o_}, stream);
+  if (status.ok()) {
+    status = cache.RunStep(num_rows, inputs_, {.o = o_}, stream);
+  } else if (!cache.is_reachable()) {
+    // The others take this rank to be in the step.
+    cache.RunStep(/*num_rows=*/0, {}, {}, stream).IgnoreError();
+  }
   if (status.ok()) status = Copy(o_lane, num_rows, /*to_caller=*/true, stream);
   // Also after an error: callers may then do with their tensors what they like.
   status.Update(kernels_->Synchronize(stream));
