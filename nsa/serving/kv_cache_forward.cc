@@ -88,7 +88,6 @@ absl::Status KvCacheImpl::TakeForwardPages(const ForwardPart& part,
   if (!taken.ok()) return taken.status();
   *changes = *std::move(taken);
   // Others are about to write where earlier work of this home may still read.
-  NSA_RETURN_IF_ERROR(kernels_->WaitFor(*done_, part.stream));
   return kernels_->Synchronize(part.stream);
 }
 
@@ -303,7 +302,10 @@ absl::Status KvCacheImpl::AppendForward(int home, SequenceId sequence, Engine& e
   LookForLostRanks();
   ForwardPart part = {home, sequence, engine, inputs, document, stream};
   absl::Status status = CheckForwardPart(part);
+  // What fails on this rank alone fails before the agreement, for which the others wait.
   if (status.ok()) status = engine.WaitForLastCall(stream);
+  if (status.ok()) status = kernels_->WaitFor(*done_, stream);
+  const bool is_in_order = status.ok();
   std::vector<PageChange> changes;
   bool has_pages = false;
   if (status.ok()) {
@@ -337,7 +339,8 @@ absl::Status KvCacheImpl::AppendForward(int home, SequenceId sequence, Engine& e
     NSA_RETURN_IF_ERROR(Agree(*communicator_, copied.ok() ? tail.status() : copied, {}));
     return AbortOnError(*communicator_, AppendForwardTail(part, *tail));
   };
-  status = RunInOrder(stream, run);
+  status = run();
+  if (is_in_order) status.Update(kernels_->Record(*done_, stream));
   if (!status.ok() && has_pages) table_->Truncate(sequence, 0).IgnoreError();
   if (status.ok() && home == rank()) stats_.tokens_appended += part.document().num_tokens;
   return status;

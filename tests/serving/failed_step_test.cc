@@ -112,6 +112,37 @@ TEST(FailedAppendTest, ReachesTheHomeAtOnce) {
   EXPECT_EQ(status[0].code(), absl::StatusCode::kAborted) << status[0];
 }
 
+// Fails where a take-over begins.
+class FailingOrder final : public DelegatingKernels {
+ public:
+  using DelegatingKernels::DelegatingKernels;
+  absl::StatusOr<bool> IsCapturing(void* stream) override {
+    if (fails) return absl::InternalError("the GPU fell off the bus");
+    return DelegatingKernels::IsCapturing(stream);
+  }
+  absl::Status WaitFor(kernels::Event& event, void* stream) override {
+    if (fails) return absl::InternalError("the GPU fell off the bus");
+    return DelegatingKernels::WaitFor(event, stream);
+  }
+  bool fails = false;
+};
+
+TEST(FailedAppendTest, IsAgreedOnWhenItDoesNotBegin) {
+  // Kept, so that none hears of another that it has left.
+  std::vector<std::shared_ptr<comm::Communicator>> ranks(kRanks);
+  const std::vector<absl::Status> status =
+      OnRanks([&](std::unique_ptr<comm::Communicator> communicator) {
+        const int rank = communicator->rank();
+        ranks[rank] = std::move(communicator);
+        const auto kernels = std::make_shared<FailingOrder>(
+            std::shared_ptr<kernels::Kernels>(*kernels::CpuKernels::Create({.num_threads = 1})));
+        return TakeOver(ranks[rank], kernels, [&] { kernels->fails = rank == 1; });
+      });
+  for (const absl::Status& of_rank : status) {
+    EXPECT_EQ(of_rank, absl::InternalError("rank 1: the GPU fell off the bus"));
+  }
+}
+
 // Fails in one call of what the cache asks for, counted from when it is told so.
 class FailingCall final : public DelegatingKernels {
  public:
