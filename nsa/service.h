@@ -97,7 +97,8 @@ class Client {
   // Runs `function` on the service's thread, where alone the communicator may be used: for a
   // sharded forward and the KvCache::AppendForward behind it. What it enqueues on other streams
   // than the default one it waits for. Every rank calls this, in the same order; returns when
-  // `function` has, for which the other ranks must have come too. No queue is too full for it.
+  // `function` has, for which the other ranks must have come too, within the communicator's
+  // timeout. No queue is too full for it.
   virtual absl::Status RunCollective(
       const std::function<absl::Status(serving::KvCache&)>& function) = 0;
 };

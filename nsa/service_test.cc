@@ -481,8 +481,9 @@ TEST_F(ServiceTest, ChecksItsOptions) {
 // Two ranks, each with a client, as threads.
 void OnTwoRanks(bool is_reachable,
                 const std::function<void(int rank, Service&, comm::Communicator&)>& run,
-                const std::shared_ptr<FailingKernels>& kernels_of_rank_0 = MakeKernels()) {
-  auto group = *comm::LoopbackGroup::Create(2);
+                const std::shared_ptr<FailingKernels>& kernels_of_rank_0 = MakeKernels(),
+                absl::Duration timeout = absl::Minutes(1)) {
+  auto group = *comm::LoopbackGroup::Create(2, {.timeout = timeout});
   std::vector<std::thread> threads;
   for (int rank = 0; rank < 2; ++rank) {
     threads.emplace_back([&, rank] {
@@ -606,6 +607,7 @@ TEST(TwoRanksFetching, GoOnWithoutEachOther) {
 
 TEST(TwoRanksFetching, AStepThatDoesNotBeginHarmsNoOther) {
   const auto kernels = MakeKernels();
+  absl::Notification has_failed;
   OnTwoRanks(
       /*is_reachable=*/false,
       [&](int rank, Service& service, comm::Communicator& communicator) {
@@ -620,6 +622,9 @@ TEST(TwoRanksFetching, AStepThatDoesNotBeginHarmsNoOther) {
           EXPECT_EQ(decode(), absl::InternalError("CopyPieces was told to fail"));
           kernels->num_copies_that_fail = 2;  // of the plan, and of the empty one in its place
           EXPECT_EQ(decode(), absl::InternalError("CopyFromHost was told to fail"));
+          has_failed.Notify();
+        } else {
+          has_failed.WaitForNotification();
         }
         EXPECT_TRUE(decode().ok());
         EXPECT_EQ(request.o, AloneCache().Decode(Tokens(3), 3));
@@ -628,6 +633,27 @@ TEST(TwoRanksFetching, AStepThatDoesNotBeginHarmsNoOther) {
             client->RunCollective([&](serving::KvCache&) { return communicator.Barrier(); }).ok());
       },
       kernels);
+}
+
+TEST(TwoRanksFetching, ACollectiveThatOneRankMissesEnds) {
+  absl::Notification is_missed;
+  OnTwoRanks(
+      /*is_reachable=*/false,
+      [&](int rank, Service& service, comm::Communicator& communicator) {
+        auto client = *service.Connect();
+        const auto meet = [&] {
+          return client->RunCollective([&](serving::KvCache&) { return communicator.Barrier(); });
+        };
+        if (rank == 0) {
+          EXPECT_EQ(meet(),
+                    absl::DeadlineExceededError("RunCollective: rank 0 waited 1s for rank 1"));
+          is_missed.Notify();
+        } else {
+          is_missed.WaitForNotification();
+        }
+        EXPECT_TRUE(meet().ok());
+      },
+      MakeKernels(), absl::Seconds(1));
 }
 
 TEST(TwoRanksFetching, AreShutDownTogetherOrAtTheDeadline) {

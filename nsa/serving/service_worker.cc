@@ -4,6 +4,7 @@
 #include <limits>
 #include <string>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/clock.h"
 
@@ -53,6 +54,7 @@ void ServiceWorker::Run() {
     if (plan.stops) break;
     const bool runs_collective = plan.collective && queue_->TakeCollective(*round.collective);
     if (runs_collective) RunFunction(*round.collective);
+    if (plan.absent >= 0) WaitForOthers(round, plan);
     if (plan.step) Step(round.batch);
     if (round.is_idle() && !runs_collective && !plan.step) {
       queue_->WaitForArrival(round.arrivals,
@@ -73,12 +75,28 @@ ServiceWorker::Plan ServiceWorker::Agree(const Round& round) {
     in_step_with_ranks_ = false;  // the cache's Check knows what is lost; the rest goes on
     return plan;
   }
-  for (const std::string& of_rank : *all) {
-    plan.stops &= (of_rank[0] & kStops) != 0;
-    plan.collective &= (of_rank[0] & kHasCollective) != 0;
-    plan.step |= (of_rank[0] & kHasBatch) != 0;
+  for (size_t rank = 0; rank < all->size(); ++rank) {
+    const char theirs = (*all)[rank][0];
+    plan.stops &= (theirs & kStops) != 0;
+    plan.collective &= (theirs & kHasCollective) != 0;
+    plan.step |= (theirs & kHasBatch) != 0;
+    if (round.collective != nullptr && !plan.collective && plan.absent < 0) {
+      plan.absent = static_cast<int>(rank);
+    }
   }
   return plan;
+}
+
+void ServiceWorker::WaitForOthers(const Round& round, const Plan& plan) {
+  const absl::Time now = absl::Now();
+  if (waits_in_ != round.collective->id) waits_since_ = now;
+  waits_in_ = round.collective->id;
+  if (now - waits_since_ < communicator_->timeout()) return;
+  if (!queue_->TakeCollective(*round.collective)) return;
+  queue_->Finish(*round.collective,
+                 absl::DeadlineExceededError(absl::StrCat(
+                     "RunCollective: rank ", communicator_->rank(), " waited ",
+                     absl::FormatDuration(communicator_->timeout()), " for rank ", plan.absent)));
 }
 
 void ServiceWorker::RunFunction(Request& request) {

@@ -10,6 +10,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "comm/communicator.h"
 #include "kernels/kernels.h"
 #include "nsa/service.h"
@@ -38,8 +39,11 @@ class ServiceWorker {
     bool stops;       // all
     bool collective;  // all
     bool step;        // some
+    int absent = -1;  // from a collective of this rank
   };
   Plan Agree(const Round& round);
+  // Ends a collective that others have not come to for the communicator's timeout.
+  void WaitForOthers(const Round& round, const Plan& plan);
   void RunFunction(Request& request);
   void Step(const std::vector<RequestPtr>& batch);
   absl::Status PlanAndRun(const std::vector<RequestPtr>& batch);
@@ -57,6 +61,9 @@ class ServiceWorker {
   RequestQueue* const queue_;
   // Whether ranks go round together, which ends when one is lost.
   bool in_step_with_ranks_;
+  // Since when this rank waits for others to come to a collective, and to which.
+  absl::Time waits_since_;
+  RequestId waits_in_ = 0;
   int64_t
       max_batch_;  // sequences; fewer after a step that failed and no one knows whose fault it is
 
