@@ -104,7 +104,8 @@ class SafetensorsFile {
 // or none, and a writer that gives up leaves nothing.
 class SafetensorsWriter {
  public:
-  // InvalidArgument for a name that comes twice, is reserved or is not UTF-8, or a wrong shape.
+  // InvalidArgument for a name that comes twice, is reserved or is not UTF-8, a wrong shape, or a
+  // path that is there and no regular file.
   static absl::StatusOr<SafetensorsWriter> Create(
       const std::string& path, absl::Span<const TensorSpec> specs,
       const std::map<std::string, std::string>& metadata = {});

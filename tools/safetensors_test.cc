@@ -320,6 +320,15 @@ TEST(SafetensorsWriterTest, LeavesTheOldFileUntilFinished) {
   EXPECT_EQ(std::distance(begin(entries), end(entries)), 1);
 }
 
+TEST(SafetensorsWriterTest, ReplacesNothingButFiles) {
+  const std::string path = Folder() + "/pipe";
+  ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+  const absl::Status status = WriteSafetensors(path, {});
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+  EXPECT_NE(status.message().find("must be a regular file"), std::string::npos) << status;
+  EXPECT_TRUE(std::filesystem::is_fifo(path));
+}
+
 TEST(SafetensorsWriterTest, RefusesWhatNoReaderWouldTake) {
   const std::string path = Folder() + "/t.safetensors";
   const auto error = [&](const std::vector<TensorSpec>& specs,

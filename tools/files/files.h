@@ -13,7 +13,8 @@ namespace nsa::tools {
 absl::Status MakeFolder(const std::string& path);
 
 // Writes beside `path` and renames, so that a reader sees the whole file or the one before. The
-// error names the path and the system's reason.
+// error names the path and the system's reason. InvalidArgument when `path` is there and is no
+// regular file.
 absl::Status WriteFile(const std::string& path, absl::string_view contents);
 
 }  // namespace nsa::tools

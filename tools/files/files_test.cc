@@ -1,5 +1,7 @@
 #include "tools/files/files.h"
 
+#include <sys/stat.h>
+
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -35,6 +37,16 @@ TEST(FilesTest, NamesThePathAndTheReason) {
   EXPECT_NE(status.message().find(path), std::string::npos) << status;
   ASSERT_TRUE(WriteFile(::testing::TempDir() + "/plain_file", "x").ok());
   EXPECT_FALSE(MakeFolder(::testing::TempDir() + "/plain_file/folder").ok());
+}
+
+TEST(FilesTest, ReplacesNothingButFiles) {
+  const std::string path = ::testing::TempDir() + "/pipe";
+  ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+  const absl::Status status = WriteFile(path, "x");
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find(path), std::string::npos) << status;
+  EXPECT_TRUE(std::filesystem::is_fifo(path));
+  std::filesystem::remove(path);
 }
 
 }  // namespace
