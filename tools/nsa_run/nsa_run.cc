@@ -1,5 +1,6 @@
 // Runs one forward of Native Sparse Attention from file to file: see kUsage.
 
+#include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -84,7 +85,10 @@ absl::Status Run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const absl::Status status = Run(argc, argv);
+  absl::Status status = Run(argc, argv);
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+    status.Update(absl::ErrnoToStatus(errno, "can't print to stdout"));
+  }
   if (status.ok()) return 0;
   std::fprintf(stderr, "nsa_run: %s\n", status.ToString().c_str());
   return 1;

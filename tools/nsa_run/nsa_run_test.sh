@@ -34,6 +34,9 @@ python3 -m json.tool "$files/trace.json" >/dev/null || fail "trace.json is not J
 [[ $(ls "$files/drawings") == $'fetch_matrix.svg\nselection_map.svg\nsharding.svg' ]] ||
   fail "drawings: $(ls "$files/drawings")"
 
+"${run[@]}" --output "$files/unprinted" --stats >/dev/full 2>/dev/null &&
+  fail "succeeds although the statistics could not be printed"
+
 bad=("${run[@]}" --output "$files/bad")
 expect 1 'Native Sparse Attention' "$nsa_run" --help
 expect 1 'backend' "$nsa_run" --help
