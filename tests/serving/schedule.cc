@@ -31,6 +31,7 @@ using serving::StepSequence;
 constexpr int64_t kUniverse = 6000;
 constexpr int kMaxSequences = 16;
 constexpr int64_t kMaxTokens = 400;
+constexpr int64_t kMaxRollback = 50;
 
 reference::ReferenceConfig ConfigOf(const Variant& variant) {
   reference::ReferenceConfig config;
@@ -139,7 +140,7 @@ class RankRun {
     options.max_sequences = kMaxSequences;
     options.max_tokens = kMaxTokens;
     options.shares_kv = variant_.shares_kv;
-    options.max_rollback_tokens = 50;
+    options.max_rollback_tokens = kMaxRollback;
     options.compress_k = compress_k_.params;
     options.compress_v = compress_v_.params;
     auto cache = KvCache::Create(options, communicator_, kernels_);
@@ -214,16 +215,16 @@ class RankRun {
       const int64_t to = mine_.Int(std::max<int64_t>(0, length - 70), length);
       const absl::Status status = cache_->Truncate(id, to);
       // Further back than what is kept where the branches have pages of their own.
-      const bool may_refuse = (!variant_.shares_kv || !variant_.is_reachable) && length - to > 50;
+      int64_t& longest = longest_[id];
+      longest = std::max(longest, length);
+      const bool may_refuse =
+          (!variant_.shares_kv || !variant_.is_reachable) && longest - to > kMaxRollback;
       if (status.ok()) {
         tokens.resize(to);
       } else {
-        EXPECT_TRUE(may_refuse_further_ || may_refuse) << length << " to " << to << status;
+        EXPECT_TRUE(may_refuse) << length << " to " << to << status;
         EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
       }
-      // A sequence that was rolled back may have lost what a second roll-back needs.
-      may_refuse_further_ |=
-          status.ok() && to < length && (!variant_.shares_kv || !variant_.is_reachable);
     } else if (kind <= 8) {
       const auto forked = cache_->Fork(id);
       if (static_cast<int>(sequences_.size()) == kMaxSequences) {
@@ -231,6 +232,7 @@ class RankRun {
       } else if (Went(forked.status())) {
         const std::vector<int64_t> copy = tokens;
         sequences_[*forked] = copy;
+        longest_[*forked] = std::max(longest_[id], length);
       }
     } else {
       EXPECT_TRUE(cache_->Close(id).ok());
@@ -397,7 +399,7 @@ class RankRun {
   Random mine_;
   std::map<SequenceId, std::vector<int64_t>> sequences_;  // tokens of the universe
   int num_compared_ = 0, num_exhausted_ = 0;
-  bool may_refuse_further_ = false;
+  std::map<SequenceId, int64_t> longest_;  // that one has been when it was rolled back
 };
 
 }  // namespace
