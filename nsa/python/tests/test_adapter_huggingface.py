@@ -1,6 +1,7 @@
 """NSA in Hugging Face models: tiny ones, with random weights."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -50,7 +51,7 @@ PACKED = positions(100, 37, 163)
 
 def make_model(kind="llama", device="cpu", **options):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES, **options)
+    config = AutoConfig.for_model(kind, **(SIZES | options))
     return AutoModelForCausalLM.from_config(config, dtype=dtype_of(device)).to(device)
 
 
@@ -245,6 +246,34 @@ def test_what_cannot_be_honoured():
             other = make_model(kind)
             adapter.attach(other, CONFIG)
             other(make_ids(1), use_cache=False)
+    with pytest.raises(ValueError, match="GPTJAttention: has no AttentionInterface"):
+        adapter.attach(make_model("gptj", hidden_size=256), CONFIG)
+
+
+def test_documents_that_attention_is_not_told_of():
+    """Persimmon's models keep position_ids to themselves."""
+    sizes = {"hidden_size": 256, "num_key_value_heads": 4}
+    model = make_model("persimmon", attn_implementation="sdpa", **sizes)
+    ours = copy.deepcopy(model)
+    adapter.attach(ours, dataclasses.replace(DENSE, num_kv_heads=4))
+    only(2, ours)
+    ids = make_ids(1)
+    assert_close(ours(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    with pytest.raises(ValueError, match="position_ids: .* PersimmonAttention"):
+        ours(ids, position_ids=PACKED, use_cache=False)
+
+
+def test_documents_in_inference_mode():
+    """Whose tensors do not count their changes."""
+    with torch.inference_mode():
+        ends = torch.tensor([0, 100, 300])
+        assert plan_of_ends(ends) == nsa.Plan(
+            cu_seqlens=[0, 100, 300], sharding="zigzag_per_document"
+        )
+        ends[1] = 50
+        assert plan_of_ends(ends) == nsa.Plan(
+            cu_seqlens=[0, 50, 300], sharding="zigzag_per_document"
+        )
 
 
 class OnGpu(torch.Tensor):

@@ -19,7 +19,10 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC  # 
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input  # noqa: E402
 from torchtitan.distributed.utils import clip_grad_norm_  # noqa: E402
 from torchtitan.models.common import ComplexRoPE  # noqa: E402
-from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
+from torchtitan.models.common.attention import (  # noqa: E402
+    ScaledDotProductAttention,
+    VarlenAttention,
+)
 from torchtitan.models.llama3 import (  # noqa: E402
     _build_llama3_layers,
     llama3_configs,
@@ -146,6 +149,10 @@ def test_what_cannot_be_honoured():
     for field, text in (("num_q_heads", "num_q_heads = 8: the model has 4"),):
         with pytest.raises(ValueError, match=text):
             make_model(make_config(**{field: 8}))
+    windowed = llama_config()
+    windowed.layers[0].attention.inner_attention = VarlenAttention.Config(window_size=(63, 0))
+    with pytest.raises(ValueError, match="window_size"):
+        NSAConverter.Config(nsa=CONFIG).build().convert(windowed)
     with pytest.raises(ValueError, match="load_balancer = 'ptrr'"):
         make_model(load_balancer="ptrr")
     with pytest.raises(ValueError, match="softmax scale"):

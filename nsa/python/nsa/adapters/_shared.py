@@ -36,7 +36,7 @@ def check_heads(config: Config, num_q_heads: int, num_kv_heads: int, head_dim: i
 def check_scale(config: Config, scale: float | None) -> None:
     """ValueError unless the stack's softmax scale (None: 1/sqrt(Dk)) is config's."""
     default = config.head_dim_qk**-0.5
-    scale, ours = scale or default, config.softmax_scale or default
+    scale, ours = (default if of is None else of for of in (scale, config.softmax_scale))
     if abs(scale - ours) > 1e-6 * ours:
         raise ValueError(f"softmax scale = {scale}: nsa.Config.softmax_scale is {ours}")
 
@@ -44,14 +44,16 @@ def check_scale(config: Config, scale: float | None) -> None:
 def _once_per_tensor(function):
     """`function` of a tensor and hashable arguments, which is called again for the same tensor only
     when that has changed: reading a GPU's tensor waits for the GPU, and all layers are given the
-    same one."""
+    same one. Tensors of inference mode, which do not count their changes, are read each time."""
     kept = WeakTensorKeyDictionary()
 
     @functools.wraps(function)
     def wrapper(tensor, *arguments):
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             raise ValueError("documents: cannot be read where a CUDA graph is captured")
-        key = (0 if tensor.is_inference() else tensor._version, *arguments)
+        if tensor.is_inference():
+            return function(tensor, *arguments)
+        key = (tensor._version, *arguments)
         last_key, value = kept.get(tensor, (None, None))
         if last_key != key:
             value = function(tensor, *arguments)

@@ -14,7 +14,8 @@ it:
               the left, other masks, sliding windows and chunks, softcap, sinks (s_aux), dropout,
               output_attentions, and any argument that is not known here: error.
     documents begin where position_ids do not go on by one, or as cu_seq_lens_q says, as with flash
-              attention.
+              attention. Several in a model that does not hand position_ids on to its attention:
+              error.
     RoPE      applied before, by position_ids.
     GQA       num_key_value_heads, not repeated.
     CP        Transformers deals nothing: the caller gives each rank of `process_group` its tokens,
@@ -66,13 +67,20 @@ def _check_length(q_length, kv_length):
         )
 
 
-def nsa_mask(*, q_length, kv_length, mask_function, attention_mask=None, **_) -> None:
-    """For AttentionMaskInterface: no tensor; ValueError unless the mask is one that NSA has."""
+def nsa_mask(
+    *, q_length, kv_length, mask_function, attention_mask=None, batch_size=1, device=None, **_
+) -> torch.Tensor | None:
+    """For AttentionMaskInterface: ValueError unless the mask is one that NSA has. None where each
+    sequence is one document, else a tensor [B,1,1,1] that asks nsa_attention() for position_ids,
+    which not every model hands on to its attention."""
     _check_length(q_length, kv_length)
     if not _is_causal_in_documents(mask_function):
         raise ValueError("mask: with NSA it must be causal, in one or several documents")
     if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
         raise ValueError("attention_mask: with NSA it may pad sequences on the right only")
+    if mask_function is causal_mask_function:
+        return None
+    return torch.ones(batch_size, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def _documents(group_name, position_ids, cu_seq_lens_q, cu_seq_lens_k):
@@ -106,6 +114,14 @@ def nsa_attention(
     core = getattr(module, "nsa", None)
     if core is None:
         raise ValueError(f"{type(module).__name__}: has no NSA; call attach() of this adapter")
+    documents = _documents(core.group_name, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[2:] == (1, 1):
+        if documents is None:
+            raise ValueError(
+                f"position_ids: with NSA they must be those of one document, as the model does not "
+                f"hand them on to its {type(module).__name__}"
+            )
+        attention_mask = None
     others = {name: it for name, it in others.items() if name not in _NO_MATTER}
     others |= {"attention_mask": attention_mask, "dropout": dropout}
     others["is_causal = False"] = is_causal is False
@@ -114,7 +130,6 @@ def nsa_attention(
             raise ValueError(f"{name}: cannot be honoured with NSA")
     check_scale(core.config, scaling)
     _check_length(query.shape[2], key.shape[2])
-    documents = _documents(core.group_name, position_ids, cu_seq_lens_q, cu_seq_lens_k)
     return core(*(x.transpose(1, 2) for x in (query, key, value)), plan=documents), None
 
 
@@ -143,6 +158,10 @@ def attach(model: PreTrainedModel, config: Config, process_group=None, **core_op
         check_heads(config, q_heads, kv_heads, getattr(module, "head_dim", None))
         if not module.is_causal:
             raise ValueError(f"{type(module).__name__}: is_causal must be True")
+    model.set_attn_implementation("nsa")
+    for module in attentions:
+        if getattr(module, "config", model.config)._attn_implementation != "nsa":
+            raise ValueError(f"{type(module).__name__}: has no AttentionInterface")
     group = None if process_group is None else group_of(process_group)
     for module in attentions:
         like = next(module.parameters())
@@ -155,4 +174,3 @@ def attach(model: PreTrainedModel, config: Config, process_group=None, **core_op
             **core_options,
         )
         module.nsa.group_name = process_group.group_name if process_group else ""
-    model.set_attn_implementation("nsa")

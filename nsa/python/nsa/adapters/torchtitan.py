@@ -5,7 +5,8 @@
 Keys and values are shared by the three branches; compressors and gates (made from the queries) are
 parameters of the inner attention. What torchtitan does, and what becomes of it:
 
-    masks     causal; attention_masks (of the backends flex and varlen, which NSA replaces): error.
+    masks     causal; attention_masks (of the backends flex and varlen, which NSA replaces), varlen's
+              window_size: error.
     documents begin where positions do not go on by one, as torchtitan's data loaders say. Compiled
               blocks are compiled once for all documents. They are read in every step, which CUDA
               graphs do not allow: training.disable_cuda_graphs must be True, unless positions are
@@ -139,6 +140,9 @@ class NSAConverter(ModelConfigConverter):
             n_kv_heads = attention.n_kv_heads or attention.n_heads
             head_dim = attention.head_dim or attention.dim // attention.n_heads
             check_heads(config, attention.n_heads, n_kv_heads, head_dim)
+            window = getattr(attention.inner_attention, "window_size", (-1, 0))  # varlen's
+            if tuple(window) != (-1, 0):
+                raise ValueError(f"window_size = {window}: with NSA it must be (-1, 0), causal")
             fields = {f.name: getattr(attention, f.name) for f in dataclasses.fields(attention)}
             fields["inner_attention"] = NSAInnerAttention.Config(**self.options)
             layers.append(dataclasses.replace(layer, attention=NSAGQAttention.Config(**fields)))
