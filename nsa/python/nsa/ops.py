@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from nsa import _library
 from nsa._library import FailedPreconditionError
@@ -58,11 +59,22 @@ def _empty_gradients(tensors, wanted):
     ]
 
 
+def _readable(d_o):
+    """`d_o`, or a copy where the library does not read it in place, such as the gradient of a sum,
+    or on a GPU that of a part of a concatenation, whose rows begin anywhere."""
+    if d_o.stride(-1) != 1:
+        return d_o.contiguous()
+    begins = (d_o.storage_offset(), *d_o.stride()[:2])
+    if d_o.is_cuda and any(begin * d_o.element_size() % 16 for begin in begins):
+        return d_o.clone(memory_format=torch.contiguous_format)
+    return d_o
+
+
 def _gradients(d_o, saved, *tensors, engine, wanted, sum_over_ranks):
     engine = engine_of_number(engine)
     saved = engine.saved_in(saved, is_filled=True)
     gradients = _empty_gradients(tensors, wanted)
-    engine.run_backward(tensors, d_o, saved, gradients, sum_over_ranks=sum_over_ranks)
+    engine.run_backward(tensors, _readable(d_o), saved, gradients, sum_over_ranks=sum_over_ranks)
     return gradients
 
 
@@ -87,6 +99,7 @@ def _overload_of(operation):
 
 
 _PLAIN = {type(None), torch.Tensor, torch.nn.Parameter}
+_functorch = torch._C._functorch
 _num_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _has_transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
@@ -150,8 +163,6 @@ def _fake_saved_bytes(like, engine):
 def _run_backward(ctx, d_o):
     saved, *tensors = ctx.saved_tensors
     wanted = ctx.needs_input_grad[3:]
-    if d_o.stride(-1) != 1:  # such as the gradient of a sum
-        d_o = d_o.contiguous()
     arguments = (d_o, saved, *tensors)
     settings = dict(engine=ctx.engine, wanted=wanted, sum_over_ranks=ctx.sum_over_ranks)
     if _is_plain(arguments):
@@ -217,17 +228,30 @@ def attention(
 
 def attention_of_number(engine: int, tensors, sum_over_ranks: bool) -> torch.Tensor:
     """attention() of what flatten() gives."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and _require_grad(tensors):
         if _is_symbol(engine):
             saved_bytes = torch.ops.nsa.saved_bytes(tensors[0], engine)
         else:
             saved_bytes = _saved_bytes(f"{int(engine)}")
         return _Attention.apply(engine, saved_bytes, sum_over_ranks, *tensors)
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        # Which refuses tangents, that else would be lost.
+        return _Attention.apply(engine, 0, sum_over_ranks, *tensors)
     if _is_plain(tensors):
         o = _empty_o(tensors)
         engine_of_number(engine).run_forward(tensors, o)
         return o
     return _overload_of(torch.ops.nsa.forward)(*tensors, engine=engine, saved_bytes=0)[0]
+
+
+def _require_grad(tensors) -> bool:
+    if any(t is not None and t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling() or not _has_transforms():
+        return False
+    # The tensors that vmap makes do not say so of those that they hold.
+    held = [t for t in tensors if t is not None and _functorch.is_functorch_wrapped_tensor(t)]
+    return bool(held) and _require_grad(list(map(_functorch.get_unwrapped, held)))
 
 
 def _is_symbol(number) -> bool:

@@ -4,6 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils import checkpoint  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -217,6 +218,39 @@ def test_no_second_derivatives():
         gradient.sum().backward()
 
 
+def test_forward_mode_and_transforms_are_refused():
+    """Where gradients or tangents would be lost."""
+    engine = make_engine(nsa.Group.local())
+    q, k, v, gate = (t.detach() for t in make_inputs(TOKENS))
+
+    def function(q):
+        return nsa.attention(engine, q, k, v, gate)
+
+    several = torch.stack([q, -q])
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda q: function(q).sum())(q)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.vmap(function)(several.requires_grad_())
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(function, (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="jvp"):
+            function(torch.autograd.forward_ad.make_dual(q, q))
+        assert torch.equal(function(q), function(q.clone()))
+    with torch.no_grad():
+        assert torch.equal(torch.func.vmap(function)(several)[1], function(-q))
+
+
+def test_views_of_the_same_branches(group):
+    engine = make_engine(group)
+    q, k, v, gate = make_inputs(TOKENS, device=group.device[:4])
+    expected = torch.autograd.grad(nsa.attention(engine, q, k, v, gate).float().sum(), (k, v))
+    views = [t.expand(3, *t.shape).unbind() for t in (k, v)]
+    o = nsa.attention(engine, q, *views, gate)
+    for gradient, of in zip(torch.autograd.grad(o.float().sum(), (k, v)), expected):
+        assert relative_error(gradient, of) < 3 * TOLERANCE[engine_dtype(group)]
+
+
 def test_operations_keep_their_promises(group):
     """torch's own checks of schema and fake kernels."""
     engine = make_engine(group)
@@ -288,6 +322,10 @@ def test_wrong_tensors_are_value_errors(group):
         nsa.attention(engine, q, k.mT.contiguous().mT, v, gate)
     with pytest.raises(ValueError, match="v_cmp.*float64"):
         nsa.attention(engine, q, k, v.double(), gate)
+    nsa.attention(engine, q, k, v, gate)
+    for changed in (k.to("meta"), FakeTensorMode().from_tensor(k.detach())):
+        with torch.no_grad(), pytest.raises(ValueError, match="k_cmp: is "):
+            engine.forward(q, changed, v, gate)
     if group.device_index >= 0:
         with pytest.raises(ValueError, match="k_cmp: is on cpu, must be on cuda:0"):
             nsa.attention(engine, q, k.cpu(), v, gate)

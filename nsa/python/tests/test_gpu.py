@@ -137,6 +137,19 @@ def test_current_stream(group):
     assert torch.equal(o, expected)
 
 
+def test_gradients_of_parts(group):
+    """Whose rows begin anywhere, unlike those that kernels read."""
+    engine = group.engine(CONFIG, nsa.Plan(TOKENS), dtype=torch.bfloat16)
+    inputs = make_inputs(TOKENS, CONFIG, "cuda")
+    d_o = torch.randn(TOKENS, 8 * 64 + 3, device="cuda", dtype=torch.bfloat16)
+    o = nsa.attention(engine, *inputs)
+    dense = d_o[:, 3:].unflatten(1, (8, 64)).clone()
+    expected = torch.autograd.grad(o, inputs, dense, retain_graph=True)
+    others = torch.zeros(TOKENS, 3, device="cuda", dtype=torch.bfloat16)
+    joined = torch.cat([others, o.flatten(1)], 1)
+    assert all(map(torch.equal, torch.autograd.grad(joined, inputs, d_o), expected))
+
+
 def test_float16(group):
     inputs = [t.detach() for t in make_inputs(TOKENS, CONFIG, "cuda")]
     halves = [t.half() for t in inputs[:3]] + inputs[3:]
