@@ -1,8 +1,10 @@
 """libnsa.so through ctypes: its structs and functions, as nsa/c_api.h declares them."""
 
 import ctypes
+import numbers
 import os
 import pathlib
+import weakref
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_size_t, c_void_p
 
 
@@ -66,10 +68,15 @@ class Tensor(ctypes.Structure):
 
 
 class Struct(ctypes.Structure):
-    """A versioned struct: struct_size is filled in, the rest is zero unless given."""
+    """A versioned struct: struct_size is filled in, the rest is zero unless given. ValueError for
+    numbers that do not fit, of which ctypes would keep the low bits."""
 
     def __init__(self, **fields):
         super().__init__(struct_size=ctypes.sizeof(self), **fields)
+        for name, value in fields.items():
+            if isinstance(value, numbers.Integral) and (getattr(self, name) or 0) != value:
+                bits = 8 * ctypes.sizeof(dict(self._fields_)[name])
+                raise ValueError(f"{name} = {value}: must be a number of {bits} bits")
 
 
 class GroupOptions(Struct):
@@ -303,11 +310,18 @@ def text(function, *arguments) -> str:
     return result.value.decode()
 
 
-def create(function, *arguments) -> c_void_p:
-    """A handle."""
+def create(kind: str, *arguments) -> c_void_p:
+    """A handle of nsa_<kind>_create(), whose object goes with it."""
     handle = c_void_p()
-    check(function(*arguments, ctypes.byref(handle)))
+    check(getattr(lib, f"nsa_{kind}_create")(*arguments, ctypes.byref(handle)))
+    weakref.finalize(handle, _destroy, kind, handle.value, os.getpid())
     return handle
+
+
+def _destroy(kind, address, process):
+    # A forked process has none of the threads that its objects know, and others' connections.
+    if os.getpid() == process:
+        getattr(lib, f"nsa_{kind}_destroy")(address)
 
 
 def version() -> str:

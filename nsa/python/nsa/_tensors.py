@@ -26,24 +26,38 @@ def dtype_name(dtype) -> str:
     return name
 
 
-def address(tensor: Tensor) -> int:
+def address(name: str, tensor: Tensor) -> int:
+    """ValueError, naming `name`, where a torch tensor has elements but no memory: on the meta
+    device, or of a class that stands for other tensors."""
     if isinstance(tensor, np.ndarray):
         return tensor.ctypes.data or _NOWHERE
-    return tensor.data_ptr() or _NOWHERE
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise ValueError(
+            f"{name}: is a {type(tensor)} on {tensor.device}, must have memory of its own"
+        )
+    return place or _NOWHERE
 
 
 def _signature(tensor: Tensor):
     """What of a tensor its view says, but for the address; hashable."""
     if isinstance(tensor, np.ndarray):
-        return tensor.shape, tensor.strides, tensor.dtype
+        return tensor.shape, tensor.strides, tensor.dtype, tensor.flags.writeable
     if hasattr(tensor, "data_ptr"):
         return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
     return None if tensor is None else object()  # of which view() says what is wrong
 
 
-def view(name: str, tensor: Tensor, device_index: int) -> _library.Tensor:
+def memory_of(k: Tensor, v: Tensor):
+    """Equal for the same elements at the same places; hashable."""
+    return address("k", k), _signature(k), address("v", v), _signature(v)
+
+
+def view(name: str, tensor: Tensor, device_index: int, is_written=False) -> _library.Tensor:
     """ValueError, naming `name`, when the library cannot be given it."""
     if isinstance(tensor, np.ndarray):
+        if is_written and not tensor.flags.writeable:
+            raise ValueError(f"{name}: is read-only, must be writeable")
         device, strides = -1, [stride / tensor.itemsize for stride in tensor.strides]
         if any(stride % 1 for stride in strides):
             raise ValueError(f"{name}: strides {tensor.strides} must be whole elements")
@@ -65,7 +79,7 @@ def view(name: str, tensor: Tensor, device_index: int) -> _library.Tensor:
     if len(tensor.shape) > 4:
         raise ValueError(f"{name}: has {len(tensor.shape)} dimensions, must be 4 at most")
     return _library.Tensor(
-        data=address(tensor),
+        data=address(name, tensor),
         dtype=DTYPES.index(dtype),
         ndim=len(tensor.shape),
         shape=tuple(tensor.shape),
@@ -79,8 +93,9 @@ class Structs:
 
     MAX_KEPT = 64
 
-    def __init__(self, struct_type, names, device_index):
+    def __init__(self, struct_type, names, device_index, is_written=False):
         self._type = struct_type
+        self._is_written = is_written  # by the library
         self._names = names
         self._device_index = device_index
         self._kept = {}
@@ -95,7 +110,7 @@ class Structs:
             ]
         except AttributeError:
             key = list(map(_signature, tensors))
-        key = (*key, places, *fields.values())
+        key = (*key, places, *fields.items())
         kept = self._kept.get(key)
         if kept is None:
             kept = self._make(tensors, places or range(len(tensors)), fields)
@@ -103,8 +118,8 @@ class Structs:
                 self._kept.clear()
             self._kept[key] = kept
         struct, views = kept
-        for place, of in views:
-            here = address(tensors[place])
+        for place, (name, of) in views:
+            here = address(name, tensors[place])
             for slot in of:
                 slot.data = here
         return struct
@@ -113,8 +128,9 @@ class Structs:
         struct, views = self._type(**fields), {}
         for i, place in enumerate(places):
             if tensors[place] is not None:
-                struct.tensors[i] = view(self._names[i], tensors[place], self._device_index)
-                views.setdefault(place, []).append(struct.tensors[i])
+                name = self._names[i]
+                struct.tensors[i] = view(name, tensors[place], self._device_index, self._is_written)
+                views.setdefault(place, (name, []))[1].append(struct.tensors[i])
         return struct, list(views.items())
 
 

@@ -17,6 +17,7 @@ from nsa._tensors import (
     current_stream,
     dtype_name,
     empty_like,
+    memory_of,
 )
 from nsa.config import Config
 from nsa.group import Group
@@ -94,7 +95,6 @@ class SavedForward:
 
     def __init__(self, handle):
         self.handle = handle
-        weakref.finalize(self, lib.nsa_saved_forward_destroy, handle)
 
     @property
     def num_bytes(self) -> int:
@@ -156,6 +156,7 @@ class Engine:
         self.config = config
         self.plan = plan
         self.rank, self.device, self.device_index = group.rank, group.device, group.device_index
+        self._lock = group.lock
         options = _library.EngineOptions(
             dtype=DTYPES.index(self.dtype),
             has_backward=backward,
@@ -169,13 +170,12 @@ class Engine:
             drop_summaries=drop_summaries, keep_blocks=keep_blocks
         )
         self.handle = _library.create(
-            lib.nsa_engine_create,
+            "engine",
             ctypes.byref(options),
             ctypes.byref(config.c_struct()),
             plan.handle,
             group.handle,
         )
-        weakref.finalize(self, lib.nsa_engine_destroy, self.handle)
         self.number = next(_numbers)
         _engines[self.number] = self
         count = ctypes.c_int64()
@@ -184,10 +184,10 @@ class Engine:
         self.saved_bytes = count.value  # what a forward leaves for its backward
         self._saved_in = {}  # SavedForward by address
         self._inputs = Structs(_library.ForwardInputs, _library.INPUTS, self.device_index)
-        self._outputs = Structs(_library.ForwardOutputs, _library.OUTPUTS, self.device_index)
+        self._outputs = Structs(_library.ForwardOutputs, _library.OUTPUTS, self.device_index, True)
         self._d_o = Structs(_library.OneTensor, ("d_o",), self.device_index)
         names = tuple(f"d{name}" for name in _library.INPUTS)
-        self._gradients = Structs(_library.Gradients, names, self.device_index)
+        self._gradients = Structs(_library.Gradients, names, self.device_index, True)
         self._current_stream = current_stream(self.device_index)
 
     def forward(
@@ -242,19 +242,21 @@ class Engine:
 
     def run_forward(self, tensors, o, saved=None, extras={}) -> None:
         """forward() of what flatten() gives."""
-        try:
-            inputs = self._inputs.fill(tensors, places_of(tensors))
-            if extras:
-                rows = {of: address(extras[of]) for of in _library.ROW_OUTPUTS if of in extras}
-                outputs = (o, *(extras.get(name) for name in _library.OUTPUTS[1:]))
-                outputs = self._outputs.fill(outputs, **rows)
-            else:
-                outputs = self._outputs.fill((o,))
-        except ValueError:
-            # The other ranks' call fails at once, as this one, not when they have waited for long.
-            self._forward(_library.ForwardInputs(), _library.ForwardOutputs(), saved)
-            raise
-        check(self._forward(inputs, outputs, saved))
+        with self._lock:
+            try:
+                inputs = self._inputs.fill(tensors, places_of(tensors))
+                if extras:
+                    rows = [of for of in _library.ROW_OUTPUTS if of in extras]
+                    rows = {of: address(of, extras[of]) for of in rows}
+                    outputs = (o, *(extras.get(name) for name in _library.OUTPUTS[1:]))
+                    outputs = self._outputs.fill(outputs, **rows)
+                else:
+                    outputs = self._outputs.fill((o,))
+            except Exception:
+                # The other ranks' call fails at once, as this one, not when they have waited long.
+                self._forward(_library.ForwardInputs(), _library.ForwardOutputs(), saved)
+                raise
+            check(self._forward(inputs, outputs, saved))
 
     def _forward(self, inputs, outputs, saved) -> int:
         return lib.nsa_engine_forward(
@@ -294,37 +296,41 @@ class Engine:
                 blocks alone.
         """
         tensors = flatten(q, k, v, gate, compress_k, compress_v)
-        if into is None:
+        places = places_of(tensors)
+        if into is not None:
+            gradients, places = _in_order(into), None
+        elif accumulate:
+            raise ValueError("accumulate = True: must be False without `into`")
+        else:
             gradients = tuple(
                 None if tensor is None else empty_like(tensor, dtype="float32" if i > 7 else None)
                 for i, tensor in enumerate(tensors)
             )
-        else:
-            gradients = flatten(into.q, into.k, into.v, into.gate, into.compress_k, into.compress_v)
-        self.run_backward(tensors, d_o, saved, gradients, accumulate, sum_over_ranks)
+        self._run_backward(tensors, d_o, saved, gradients, places, accumulate, sum_over_ranks)
         separate = isinstance(k, (tuple, list)) or isinstance(v, (tuple, list))
         return into or _named_gradients(gradients, tensors, separate)
 
-    def run_backward(
-        self, tensors, d_o, saved, gradients, accumulate=False, sum_over_ranks=False
-    ) -> None:
+    def run_backward(self, tensors, d_o, saved, gradients, sum_over_ranks=False) -> None:
         """backward() of what flatten() gives; `gradients` are None where they are not wanted or
         `tensors` are."""
         places = places_of(tensors)
-        try:
-            inputs = self._inputs.fill(tensors, places)
-            d_o = self._d_o.fill((d_o,))
-            gradients = self._gradients.fill(
-                gradients,
-                places,
-                accumulate=accumulate,
-                sum_over_ranks=sum_over_ranks,
-            )
-        except ValueError:
-            blanks = _library.ForwardInputs(), _library.OneTensor(), _library.Gradients()
-            self._backward(*blanks[:2], saved, blanks[2])
-            raise
-        check(self._backward(inputs, d_o, saved, gradients))
+        self._run_backward(tensors, d_o, saved, gradients, places, False, sum_over_ranks)
+
+    def _run_backward(self, tensors, d_o, saved, gradients, places, accumulate, sum_over_ranks):
+        """`places`: of `gradients`, as Structs.fill() takes them."""
+        with self._lock:
+            try:
+                tensors = _apart(tensors)
+                inputs = self._inputs.fill(tensors, places_of(tensors))
+                d_o = self._d_o.fill((d_o,))
+                gradients = self._gradients.fill(
+                    gradients, places, accumulate=accumulate, sum_over_ranks=sum_over_ranks
+                )
+            except Exception:
+                blanks = _library.ForwardInputs(), _library.OneTensor(), _library.Gradients()
+                self._backward(*blanks[:2], saved, blanks[2])
+                raise
+            check(self._backward(inputs, d_o, saved, gradients))
 
     def _backward(self, inputs, d_o, saved, gradients) -> int:
         return lib.nsa_engine_backward(
@@ -343,7 +349,7 @@ class Engine:
     def saved_in(self, memory: Tensor, is_filled: bool = False) -> SavedForward:
         """What a forward leaves, in `memory` of saved_bytes bytes, which may be a copy of what a
         forward has filled. For the next call alone."""
-        place = address(memory), is_filled
+        place = address("memory", memory), is_filled
         saved = self._saved_in.get(place)
         if saved is None:  # an allocator gives the same places again and again
             if len(self._saved_in) >= Structs.MAX_KEPT:
@@ -352,9 +358,10 @@ class Engine:
         return saved
 
     def _create_saved(self, memory, is_filled) -> SavedForward:
-        self._save_options.memory, self._save_options.is_filled = memory, is_filled
-        options = ctypes.byref(self._save_options)
-        return SavedForward(_library.create(lib.nsa_saved_forward_create, self.handle, options))
+        with self._lock:
+            self._save_options.memory, self._save_options.is_filled = memory, is_filled
+            options = ctypes.byref(self._save_options)
+            return SavedForward(_library.create("saved_forward", self.handle, options))
 
     def stats(self) -> dict:
         """What this rank's last call moved and took (nsa/stats.proto, RankStats). Waits for its
@@ -364,6 +371,35 @@ class Engine:
     def gather_stats(self) -> dict:
         """Collective: the same of all ranks (ForwardStats)."""
         return json.loads(_library.text(lib.nsa_engine_gather_stats, self.handle))
+
+
+def _apart(tensors):
+    """`tensors` with copies where the keys and values of several branches are tensors of their own
+    in the same memory, such as views: each then has a gradient of its own."""
+    if tensors[3] is None and tensors[5] is None:
+        return tensors
+    tensors, seen = list(tensors), set()
+    for i in (1, 3, 5):
+        if tensors[i] is None:
+            continue
+        k, memory = tensors[i], memory_of(*tensors[i : i + 2])
+        if memory in seen:
+            tensors[i] = k.clone() if hasattr(k, "clone") else k.copy()
+        seen.add(memory)
+    return tensors
+
+
+def _in_order(gradients: Gradients) -> tuple:
+    """Its tensors in order of _library.INPUTS."""
+    kv = [of if isinstance(of, (tuple, list)) else [of] * 3 for of in (gradients.k, gradients.v)]
+    for name, of in zip(("into.k", "into.v"), kv):
+        if len(of) != 3:
+            raise ValueError(f"{name}: is {len(of)} tensors, must be 1 or 3 (cmp, slc, win)")
+    kv = [tensor for pair in zip(*kv) for tensor in pair]
+    others = flatten(
+        gradients.q, None, None, gradients.gate, gradients.compress_k, gradients.compress_v
+    )
+    return (others[0], *kv, *others[7:])
 
 
 def _named_gradients(gradients, tensors, separate) -> Gradients:

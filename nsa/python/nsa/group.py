@@ -2,7 +2,7 @@
 
 import ctypes
 import itertools
-import weakref
+import threading
 
 from nsa import _library
 from nsa._library import check, lib
@@ -29,7 +29,8 @@ def _device_index(device) -> int:
 class Group:
     """The ranks that share a sequence, each a process with one device, or one rank alone. Making a
     group is collective: all its ranks do it. One thread at a time calls with what belongs to a
-    group; abort() and health() may be called beside it."""
+    group, but for forwards and backwards, which wait for one another; abort() and health() may be
+    called beside it. A process forked from this one can use nothing of it."""
 
     def __init__(
         self,
@@ -59,6 +60,8 @@ class Group:
             from_environment: rank, size and rendezvous as torchrun and mpirun say.
             max_engines: engines that engine() keeps at most.
         """
+        if max_engines < 1:
+            raise ValueError(f"max_engines = {max_engines}: must be at least 1")
         if transport not in _TRANSPORTS:
             raise ValueError(f"transport = {transport!r}: must be one of {_TRANSPORTS}")
         self.device_index = _device_index(device)
@@ -74,12 +77,12 @@ class Group:
             rendezvous=rendezvous.encode() if rendezvous else None,
             name=name.encode() or None,
         )
-        self.handle = _library.create(lib.nsa_group_create, ctypes.byref(options))
-        self._destroy = weakref.finalize(self, lib.nsa_group_destroy, self.handle)
+        self.handle = _library.create("group", ctypes.byref(options))
         number, count = ctypes.c_int32(), ctypes.c_int32()
         check(lib.nsa_group_rank(self.handle, ctypes.byref(number), ctypes.byref(count)))
         self.rank, self.size = number.value, count.value
         self.max_engines = max_engines
+        self.lock = threading.RLock()  # of what one thread at a time does
         self._engines = {}  # least recently used first
 
     @classmethod
@@ -152,19 +155,20 @@ class Group:
         from nsa.engine import Engine, dtype_name
 
         key = (config, plan, dtype_name(dtype), *sorted(options.items()))
-        engine = self._engines.pop(key, None)
-        if engine is None:
-            other = next(reversed(self._engines.values()), None)
-            engine = Engine(config, plan, self, dtype=dtype, memory_of=other, **options)
-            while len(self._engines) >= self.max_engines:
-                del self._engines[next(iter(self._engines))]
-        self._engines[key] = engine
+        with self.lock:
+            engine = self._engines.pop(key, None)
+            if engine is None:
+                other = next(reversed(self._engines.values()), None)
+                engine = Engine(config, plan, self, dtype=dtype, memory_of=other, **options)
+                while len(self._engines) >= self.max_engines:
+                    del self._engines[next(iter(self._engines))]
+            self._engines[key] = engine
         return engine
 
     def close(self) -> None:
         """Lets the group and its engines go; else this happens when they are collected."""
         self._engines.clear()
-        self._destroy()
+        self.handle = None
 
     def __deepcopy__(self, memo):
         return self  # a copy of a module has the same ranks

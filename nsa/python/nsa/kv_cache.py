@@ -1,7 +1,6 @@
 """Decoding."""
 
 import ctypes
-import weakref
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -71,12 +70,11 @@ class KVCache:
             max_rollback_tokens=max_rollback_tokens,
         )
         self.handle = _library.create(
-            lib.nsa_kv_cache_create,
+            "kv_cache",
             ctypes.byref(options),
             ctypes.byref(config.c_struct()),
             group.handle,
         )
-        weakref.finalize(self, lib.nsa_kv_cache_destroy, self.handle)
         self._tokens = Structs(_library.KVTokens, _library.KV, self.device_index)
         self._inputs = Structs(_library.StepInputs, _library.INPUTS[:8], self.device_index)
         self._outputs = Structs(_library.StepOutputs, _library.OUTPUTS[:1], self.device_index)

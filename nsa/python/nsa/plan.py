@@ -60,8 +60,7 @@ class Plan:
             num_cu_seqlens=0 if ends is None else ends.size,
             tokens_of_rank=None if tokens is None else tokens.ctypes.data,
         )
-        self.handle = _library.create(lib.nsa_plan_create, ctypes.byref(options))
-        weakref.finalize(self, lib.nsa_plan_destroy, self.handle)
+        self.handle = _library.create("plan", ctypes.byref(options))
         size = [ctypes.c_int64(), ctypes.c_int32(), ctypes.c_int32()]
         check(lib.nsa_plan_size(self.handle, *map(ctypes.byref, size)))
         self.num_tokens, self.num_ranks, self.num_documents = (number.value for number in size)

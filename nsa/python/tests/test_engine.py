@@ -1,9 +1,15 @@
 """The engine and the cache on numpy arrays."""
 
+import atexit
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 
 import nsa
+from nsa.engine import flatten
 
 CONFIG = nsa.Config(
     num_q_heads=4,
@@ -160,6 +166,102 @@ def test_wrong_tensors_are_value_errors_and_harm_nothing(engine, tensors, name, 
     assert (engine.forward(**tensors) == expected).all()
 
 
+def test_extras_do_not_take_one_another_for_their_own(group, tensors):
+    """Memory that held one is given to the next."""
+    expected, plan = {}, nsa.Plan(TOKENS)
+    for name in ("lse_cmp", "lse_slc", "lse_win"):
+        engine = nsa.Engine(CONFIG, plan, group, dtype="f32")
+        expected[name] = engine.forward(**tensors, extras=[name])[1][name]
+    memory, o = np.empty((TOKENS, 4), np.float32), np.empty((TOKENS, 4, 128), np.float32)
+    for name, of in expected.items():
+        memory[:] = np.nan
+        engine.run_forward(flatten(**tensors), o, extras={name: memory})
+        np.testing.assert_array_equal(memory, of)
+
+
+def test_views_of_the_same_branches(engine, tensors):
+    """Have gradients of their own, as copies have."""
+    saved = engine.save()
+    copies, views = dict(tensors), dict(tensors)
+    for name in "kv":
+        copies[name] = [tensors[name].copy() for _ in range(3)]
+        views[name] = [tensors[name][:] for _ in range(3)]
+    o = engine.forward(**copies, saved=saved)
+    expected = engine.backward(**copies, d_o=o, saved=saved)
+    assert (engine.forward(**views, saved=saved) == o).all()
+    gradients = engine.backward(**views, d_o=o, saved=saved)
+    for actual, of in zip(gradients.k + gradients.v, expected.k + expected.v):
+        np.testing.assert_array_equal(actual, of)
+
+
+def test_gradients_go_where_they_belong_or_nowhere(engine, tensors):
+    saved = engine.save()
+    o = engine.forward(**tensors, saved=saved)
+    k = np.zeros_like(tensors["k"])
+    with pytest.raises(ValueError, match="without `into`"):
+        engine.backward(**tensors, d_o=o, saved=saved, accumulate=True)
+    three = nsa.Gradients(k=[k, k.copy(), k.copy()])
+    with pytest.raises(ValueError, match="dk_slc, dv_slc: must be those of _cmp"):
+        engine.backward(**tensors, d_o=o, saved=saved, into=three)
+    with pytest.raises(ValueError, match="into.k: is 2 tensors"):
+        engine.backward(**tensors, d_o=o, saved=saved, into=nsa.Gradients(k=[k, k]))
+    for name in "kv":
+        tensors[name] = [tensors[name].copy() for _ in range(3)]
+    engine.forward(**tensors, saved=saved)
+    with pytest.raises(ValueError, match="dk_slc, dv_slc: must not be those of _cmp"):
+        engine.backward(**tensors, d_o=o, saved=saved, into=nsa.Gradients(k=k))
+    expected = engine.backward(**tensors, d_o=o, saved=saved)
+    only_one = nsa.Gradients(k=[None, k, None])
+    engine.backward(**tensors, d_o=o, saved=saved, into=only_one)
+    np.testing.assert_array_equal(k, expected.k[1])
+
+
+def test_read_only_arrays_are_not_written(engine, tensors):
+    o = np.empty((TOKENS, 4, 128), np.float32)
+    engine.forward(**tensors, o=o)
+    o.flags.writeable = False
+    with pytest.raises(ValueError, match="o: is read-only"):
+        engine.forward(**tensors, o=o)
+    for tensor in tensors.values():
+        tensor.flags.writeable = False
+    engine.forward(**tensors)
+
+
+def test_groups_that_are_closed():
+    group = nsa.Group.local()
+    engine = group.engine(CONFIG, nsa.Plan(TOKENS), dtype="f32")
+    group.close()
+    for call in (
+        group.barrier,
+        group.health,
+        lambda: group.engine(CONFIG, engine.plan, dtype="f32"),
+    ):
+        with pytest.raises(ValueError, match="group: null"):
+            call()
+    with pytest.raises(ValueError, match="max_engines = 0"):
+        nsa.Group.local(max_engines=0)
+
+
+def test_forked_processes_end(group, engine, tensors):
+    """Nothing is let go there, which would wait for threads that only this process has."""
+    engine.forward(**tensors)
+    forked = os.fork()
+    if forked == 0:
+        atexit._run_exitfuncs()
+        os._exit(0)
+    for _ in range(200):
+        pid, status = os.waitpid(forked, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(forked, signal.SIGKILL)
+        os.waitpid(forked, 0)
+        pytest.fail("the forked process does not end")
+    assert status == 0
+    engine.forward(**tensors)
+
+
 def test_errors_have_their_types(group):
     plan = nsa.Plan(TOKENS)
     with pytest.raises(ValueError, match="dtype"):
@@ -227,6 +329,12 @@ def test_decode_equals_forward(group, engine, tensors, separate_kv):
     cache.plan_step([(forked, 1)])
     np.testing.assert_allclose(cache.run_step(**rows(290, 291)), o[290:291], atol=1e-4)
     assert cache.stats()["sequences"] == 3
+    if not separate_kv:
+        three = {**rows(290, 291), "k": [np.ones((1, 2, 64), np.float32) for _ in range(3)]}
+        with pytest.raises(ValueError, match="separate_kv"):
+            cache.append(first, three["k"], three["v"])
+        with pytest.raises(ValueError, match="separate_kv"):
+            cache.step([(first, 1)], **three)
     for sequence in (first, second, forked):
         cache.close(sequence)
     assert cache.stats()["pages_used"] == 0

@@ -1,5 +1,6 @@
 """CoreAttention and NSAAttention on one rank."""
 
+import concurrent.futures
 import copy
 import io
 
@@ -203,6 +204,19 @@ def test_plans_that_change(device):
             torch.autograd.grad(y.float().square().sum(), inputs) for y in (o, expected)
         )
         assert all(map(torch.equal, gradients, of))
+
+
+def test_threads_wait_for_one_another(device):
+    """Modules without a group share one."""
+    cores = [nsa.CoreAttention(CONFIG) for _ in range(2)]
+    inputs = [make_inputs(300, device=device, seed=seed) for seed in range(2)]
+    expected = [core(*of) for core, of in zip(cores, inputs)]
+
+    def run(i):
+        return all(torch.equal(cores[i](*inputs[i]), expected[i]) for _ in range(30))
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(run, range(2)))
 
 
 def test_state_dict_round_trip(device):
