@@ -31,6 +31,9 @@ class Config:
     def __post_init__(self):
         if self.compressor not in COMPRESSORS:
             raise ValueError(f"compressor = {self.compressor!r}: must be one of {COMPRESSORS}")
+        # 0, also as what is left of a smaller number, is the library's word for the default.
+        if self.softmax_scale is not None and not ctypes.c_float(self.softmax_scale).value:
+            raise ValueError(f"softmax_scale = {self.softmax_scale}: must be finite and positive")
         check(lib.nsa_config_validate(ctypes.byref(self.c_struct())))
 
     @classmethod

@@ -22,6 +22,16 @@ def plan_of_number(number: int) -> "Plan":
     return _plans[number]
 
 
+def _integers(name, values):
+    """[...] int64, or None."""
+    if values is None:
+        return None
+    array = np.asarray(values)
+    if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
+        raise ValueError(f"{name}: is {array.dtype} {list(array.shape)}, must be integers in a row")
+    return np.ascontiguousarray(array, np.int64)
+
+
 class Plan:
     """Which rank holds which of the S tokens of one global sequence, which may be several packed
     documents. Host data that needs no group. Equal plans compare and hash as equal."""
@@ -48,8 +58,8 @@ class Plan:
         """
         if sharding not in _SHARDINGS:
             raise ValueError(f"sharding = {sharding!r}: must be one of {_SHARDINGS}")
-        ends = None if cu_seqlens is None else np.ascontiguousarray(cu_seqlens, np.int64)
-        tokens = None if tokens_of_rank is None else np.ascontiguousarray(tokens_of_rank, np.int64)
+        ends = _integers("cu_seqlens", cu_seqlens)
+        tokens = _integers("tokens_of_rank", tokens_of_rank)
         if tokens is not None and tokens.shape != (num_ranks,):
             raise ValueError(f"tokens_of_rank: has shape {tokens.shape}, must be [{num_ranks}]")
         options = _library.PlanOptions(
@@ -143,6 +153,9 @@ class Plan:
 
         counts = [self.tokens_of_rank(rank) for rank in range(self.num_ranks)]
         shard = shard.detach().movedim(dim, 0)
+        count = counts[dist.get_rank(process_group)]
+        if len(shard) != count:
+            raise ValueError(f"shard: has {len(shard)} tokens, must be {count}")
         # Padded, as not every backend gathers tensors of different sizes.
         mine = shard.new_zeros(max(counts), *shard.shape[1:])
         mine[: len(shard)] = shard

@@ -1,3 +1,4 @@
+import copy
 import os
 import pathlib
 
@@ -12,6 +13,12 @@ def test_config_lists_every_broken_rule():
         nsa.Config(num_q_heads=63, window_tokens=0)
     with pytest.raises(ValueError, match="compressor = 'max'"):
         nsa.Config(compressor="max")
+    # Not the default, which is the library's 0, and not what is left of a number in 32 bits.
+    for scale in (0.0, 1e-50, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="softmax_scale = .*must be finite and positive"):
+            nsa.Config(softmax_scale=scale)
+    with pytest.raises(ValueError, match=f"window_tokens = {2**32 + 512}"):
+        nsa.Config(window_tokens=2**32 + 512)
 
 
 def test_config_from_text():
@@ -58,6 +65,13 @@ def test_positions():
     assert (plan.positions(0)[:20] == [*range(10), *range(30, 40)]).all()
 
 
+def test_copies_of_a_plan_outlive_it():
+    plan = nsa.Plan(64)
+    text, copied = str(plan), copy.copy(plan)
+    del plan
+    assert str(copied) == text
+
+
 def test_plans_compare_by_what_they_say():
     same = nsa.Plan(num_ranks=2, sharding="zigzag", cu_seqlens=np.array([0, 5, 9]))
     assert same == nsa.Plan(9, 2, sharding="zigzag", cu_seqlens=[0, 5, 9])
@@ -69,6 +83,9 @@ def test_plans_compare_by_what_they_say():
     [
         (dict(num_tokens=0), "num_tokens"),
         (dict(num_tokens=8, cu_seqlens=[0, 9, 8]), "cu_seqlens"),
+        (dict(cu_seqlens=np.array([0, 4.7, 8.0])), "cu_seqlens: is float64"),
+        (dict(cu_seqlens=[[0, 4], [4, 8]]), "cu_seqlens: is int64"),
+        (dict(num_tokens=8, num_ranks=2**32 + 1), "num_ranks = 4294967297"),
         (dict(num_tokens=8, num_ranks=2, sharding="striped"), "sharding"),
         (dict(num_tokens=8, num_ranks=2, sharding="uneven", tokens_of_rank=[8]), "tokens_of_rank"),
     ],
