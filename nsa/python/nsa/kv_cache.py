@@ -1,13 +1,14 @@
 """Decoding."""
 
 import ctypes
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from nsa import _library
 from nsa._library import check, lib
-from nsa._tensors import DTYPES, Structs, Tensor, current_stream, dtype_name, empty_like
+from nsa._tensors import DTYPES, Structs, Tensor, current_stream, dtype_name, empty_like, memory_of
 from nsa.config import Config
 from nsa.engine import Engine, flatten, places_of
 from nsa.group import Group
@@ -49,6 +50,7 @@ class KVCache:
             compress_k, compress_v: as in Engine.forward; the cache keeps the tensors.
         """
         self.device_index = group.device_index
+        self._separate_kv = separate_kv
         self._compressors = [
             (params or {}).get(name)
             for params in (compress_k, compress_v)
@@ -77,7 +79,7 @@ class KVCache:
         )
         self._tokens = Structs(_library.KVTokens, _library.KV, self.device_index)
         self._inputs = Structs(_library.StepInputs, _library.INPUTS[:8], self.device_index)
-        self._outputs = Structs(_library.StepOutputs, _library.OUTPUTS[:1], self.device_index)
+        self._outputs = Structs(_library.StepOutputs, _library.OUTPUTS[:1], self.device_index, True)
         self._forward_inputs = Structs(_library.ForwardInputs, _library.INPUTS, self.device_index)
         self._current_stream = current_stream(self.device_index)
 
@@ -105,11 +107,19 @@ class KVCache:
     def append(self, sequence: int, k, v) -> None:
         """Appends T >= 1 tokens, which attend to nothing. k [T,Hkv,Dk], v [T,Hkv,Dv], or with
         separate_kv three of each (cmp, slc, win)."""
-        tensors = flatten(None, k, v, None)
+        tensors = self._flatten(None, k, v, None)
         places = places_of(tensors) or tuple(range(8))
         tokens = self._tokens.fill(tensors, places[1:7])
         stream = self._current_stream()
         check(lib.nsa_kv_cache_append(self.handle, sequence, ctypes.byref(tokens), stream))
+
+    def _flatten(self, q, k, v, gate):
+        tensors = flatten(q, k, v, gate)
+        if not self._separate_kv:
+            others = [tensors[i : i + 2] for i in (3, 5) if tensors[i] is not None]
+            if any(memory_of(*pair) != memory_of(*tensors[1:3]) for pair in others):
+                raise ValueError("k, v: must be the same in all branches, or separate_kv be True")
+        return tensors
 
     def append_forward(
         self, home, sequence, engine: Engine, q, k, v, gate, *,
@@ -118,18 +128,24 @@ class KVCache:
         """Collective: to an empty sequence of rank `home` (others pass any `sequence`) the tokens
         of one document of the last forward of `engine`, which had these arguments, of the same
         config and group."""
-        tensors = flatten(q, k, v, gate, compress_k, compress_v)
-        inputs = self._forward_inputs.fill(tensors, places_of(tensors))
-        check(
-            lib.nsa_kv_cache_append_forward(
-                self.handle,
-                home,
-                sequence,
-                engine.handle,
-                ctypes.byref(inputs),
-                document,
-                self._current_stream(),
-            )
+        try:
+            tensors = flatten(q, k, v, gate, compress_k, compress_v)
+            inputs = self._forward_inputs.fill(tensors, places_of(tensors))
+        except Exception:
+            # The other ranks' call fails at once, as this one, not when they have waited for long.
+            self._append_forward(home, sequence, engine, _library.ForwardInputs(), document)
+            raise
+        check(self._append_forward(home, sequence, engine, inputs, document))
+
+    def _append_forward(self, home, sequence, engine, inputs, document) -> int:
+        return lib.nsa_kv_cache_append_forward(
+            self.handle,
+            home,
+            sequence,
+            engine.handle,
+            ctypes.byref(inputs),
+            document,
+            self._current_stream(),
         )
 
     def step(self, sequences: Sequence[tuple[int, int]], q, k, v, gate, *, o=None):
@@ -146,23 +162,27 @@ class KVCache:
         Returns:
             o [R,Hq,Dv].
         """
-        inputs, outputs, o = self._step_tensors(q, k, v, gate, o)
-        check(
-            lib.nsa_kv_cache_step(
-                self.handle,
-                *_step_sequences(sequences),
-                ctypes.byref(inputs),
-                ctypes.byref(outputs),
-                self._current_stream(),
-            )
-        )
+        run = functools.partial(lib.nsa_kv_cache_step, self.handle)
+        try:
+            arguments = _step_sequences(sequences)
+            inputs, outputs, o = self._step_tensors(q, k, v, gate, o)
+        except Exception:
+            self._step_without_rows(run, *_step_sequences(()))
+            raise
+        check(run(*arguments, ctypes.byref(inputs), ctypes.byref(outputs), self._current_stream()))
         return o
 
     def _step_tensors(self, q, k, v, gate, o):
-        tensors = flatten(q, k, v, gate)
+        tensors = self._flatten(q, k, v, gate)
         if o is None:
             o = empty_like(q, (*q.shape[:2], tensors[2].shape[-1]))
         return self._inputs.fill(tensors, places_of(tensors)), self._outputs.fill((o,)), o
+
+    def _step_without_rows(self, run, *arguments):
+        """This rank's part of a collective step when it has none; else nothing."""
+        if not self.is_reachable:
+            inputs, outputs = _library.StepInputs(), _library.StepOutputs()
+            run(*arguments, ctypes.byref(inputs), ctypes.byref(outputs), self._current_stream())
 
     def plan_step(self, sequences: Sequence[tuple[int, int]]) -> None:
         """The part of step() that takes pages and tells the kernels. Local."""
@@ -172,16 +192,13 @@ class KVCache:
     def run_step(self, q, k, v, gate, *, o=None):
         """The rest, which only enqueues: may be captured in a CUDA graph where the cache is
         reachable, which then serves every later plan_step() of as many rows or fewer."""
-        inputs, outputs, o = self._step_tensors(q, k, v, gate, o)
-        check(
-            lib.nsa_kv_cache_run_step(
-                self.handle,
-                q.shape[0],
-                ctypes.byref(inputs),
-                ctypes.byref(outputs),
-                self._current_stream(),
-            )
-        )
+        run = functools.partial(lib.nsa_kv_cache_run_step, self.handle)
+        try:
+            inputs, outputs, o = self._step_tensors(q, k, v, gate, o)
+        except Exception:
+            self._step_without_rows(run, 0)
+            raise
+        check(run(q.shape[0], ctypes.byref(inputs), ctypes.byref(outputs), self._current_stream()))
         return o
 
     def truncate(self, sequence: int, num_tokens: int) -> None:

@@ -1,5 +1,6 @@
 """Ranks that are processes: on CPUs over UCX, and one GPU each where there are enough."""
 
+import os
 import time
 
 import pytest
@@ -167,6 +168,62 @@ def test_one_rank_is_wrong(device):
     first, second = ranks.run(one_rank_is_wrong, 2, device)
     assert "rank 1: q.shape" in first[0] and "rank 1: q.shape" in second[0]
     assert "rank 1" in first[1] and "q: has dtype torch.float64" in second[1]
+
+
+def one_rank_is_wrong_of_a_cache(rank, size, transports):
+    """Where ranks do not read one another's pages in place, a step is collective."""
+    if transports:
+        os.environ["UCX_TLS"] = transports
+    start("cpu", rank, size)
+    group = nsa.Group.from_process_group(num_threads=1, timeout_seconds=15)
+    cache = nsa.KVCache(CONFIG, group, dtype="f32", num_pages=32, **make_params("cpu"))
+    plan = nsa.Plan(480, size)
+    engine = nsa.Engine(CONFIG, plan, group, dtype="f32")
+    q, k, v, gate = (plan.shard(t.detach(), rank) for t in make_inputs(480, CONFIG))
+    inputs = {"q": q, "k": k, "v": v, "gate": gate}
+    texts, sequence = [], cache.open()
+
+    def wrong(of):
+        return {**of, "q": of["q"].double()} if rank == 1 else of
+
+    with torch.no_grad():
+        engine.forward(**inputs, **make_params("cpu"))
+        began = time.monotonic()
+        try:
+            cache.append_forward(0, sequence, engine, **wrong(inputs), **make_params("cpu"))
+        except ValueError as error:
+            texts.append(str(error))
+        row = {name: tensor[-1:] for name, tensor in inputs.items()}
+        cache.append(sequence, k[:-1], v[:-1])
+        try:
+            cache.step([(sequence, 1)], **wrong(row))
+            cache.truncate(sequence, cache.num_tokens(sequence) - 1)
+        except ValueError as error:
+            texts.append(str(error))
+        cache.step([(sequence, 1)], **row)
+        group.barrier()
+    assert time.monotonic() - began < 10
+    return cache.is_reachable, texts
+
+
+@pytest.mark.parametrize("transports", ["", "tcp,self"])
+def test_one_rank_is_wrong_of_a_cache(transports):
+    (reachable, first), (_, second) = ranks.run(one_rank_is_wrong_of_a_cache, 2, transports)
+    assert reachable == (transports == "")
+    assert len(first) == 1 and "rank 1: k_cmp.shape" in first[0]
+    assert len(second) == 2 and all("q: has dtype torch.float64" in text for text in second)
+
+
+def shards_of_wrong_sizes(rank, size):
+    start("cpu", rank, size)
+    try:
+        return nsa.Plan(10, size).gather(torch.ones(4, 2))
+    except ValueError as error:
+        return str(error)
+
+
+def test_shards_of_wrong_sizes_are_not_gathered():
+    assert ranks.run(shards_of_wrong_sizes, 2) == ["shard: has 4 tokens, must be 5"] * 2
 
 
 def one_rank_dies(rank, size, device):
