@@ -20,8 +20,7 @@ FLAGS = (
 ).split()
 
 
-def train(output, ranks, attention, *more):
-    """The result of a run."""
+def run(output, ranks, attention, *more):
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     if not os.environ.get("NSA_TEST_INSTALLED"):
         environment["PYTHONPATH"] = str(ROOT / "nsa/python")
@@ -29,9 +28,14 @@ def train(output, ranks, attention, *more):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, f"--nproc-per-node={ranks}", str(FOLDER / "train.py"), *FLAGS]
     command += ["--attention", attention, "--output", str(output), *more]
-    done = subprocess.run(
+    return subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
+
+
+def train(output, ranks, attention, *more):
+    """The result of a run."""
+    done = run(output, ranks, attention, *more)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((output / "result.json").read_text())
 
@@ -77,6 +81,12 @@ def test_resumes(results, tmp_path):
     assert losses(result)[0] == whole[0]
     # AdamW has begun anew, so not quite the same.
     assert losses(result) == pytest.approx(whole, abs=0.3)
+
+
+def test_too_little_text_is_said_at_once(tmp_path):
+    for flag in ("--lengths", "--eval_lengths"):
+        done = run(tmp_path, 1, "nsa", flag, f"256,{1 << 30}")
+        assert done.returncode and f"{flag}: has {1 << 30}, must be less than" in done.stderr
 
 
 def test_draws(results, tmp_path):

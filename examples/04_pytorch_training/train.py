@@ -94,6 +94,14 @@ class Trainer:
         self.arguments = arguments
         self.text, self.held_out = read_text(arguments.text, arguments.max_text_bytes)
         self.lengths = schedule(arguments)
+        self.eval_lengths = [int(length) for length in arguments.eval_lengths.split(",")]
+        # Not when training is over.
+        for flag, text, lengths in (
+            ("lengths", self.text, self.lengths),
+            ("eval_lengths", self.held_out, self.eval_lengths),
+        ):
+            if len(text) <= max(lengths):
+                sys.exit(f"--{flag}: has {max(lengths)}, must be less than the {len(text)} bytes")
         self.checkpoint = arguments.output / "checkpoint.pt"
         state = None
         if self.checkpoint.exists():
@@ -241,7 +249,7 @@ class Trainer:
         """Held-out bits per byte by length, and of needles at each length (rows) and depth the
         share that is answered exactly."""
         arguments = self.arguments
-        lengths = [int(length) for length in arguments.eval_lengths.split(",")]
+        lengths = self.eval_lengths
         depths = np.linspace(0, 1, arguments.depths)
         bits, grid = [], []
         for length in lengths:
@@ -338,7 +346,9 @@ def main():
     }
     trainer.save()
     result = arguments.output / "result.json"
-    earlier = json.loads(result.read_text()) if trainer.first else {"runs": [], "curve": []}
+    earlier = {"runs": [], "curve": []}
+    if trainer.first and trainer.group.rank == 0:  # which alone writes it
+        earlier = json.loads(result.read_text())
 
     def write(**more):
         if trainer.group.rank == 0:
