@@ -227,10 +227,14 @@ class Engine:
         Returns:
             o [T,Hq,Dv]; with `extras` (o, a dict of them).
         """
-        tensors = flatten(q, k, v, gate, compress_k, compress_v)
-        if o is None:
-            o = empty_like(q, (*q.shape[:2], tensors[2].shape[-1]))
-        more = {name: self._empty_extra(name, q, o) for name in extras}
+        try:
+            tensors = flatten(q, k, v, gate, compress_k, compress_v)
+            if o is None:
+                o = empty_like(q, (*q.shape[:2], tensors[2].shape[-1]))
+            more = {name: self._empty_extra(name, q, o) for name in extras}
+        except Exception:
+            self.fail_forward(saved)
+            raise
         self.run_forward(tensors, o, saved, more)
         return (o, more) if extras else o
 
@@ -258,10 +262,15 @@ class Engine:
                 else:
                     outputs = self._outputs.fill((o,))
             except Exception:
-                # The other ranks' call fails at once, as this one, not when they have waited long.
-                self._forward(_library.ForwardInputs(), _library.ForwardOutputs(), saved)
+                self.fail_forward(saved)
                 raise
             check(self._forward(inputs, outputs, saved))
+
+    def fail_forward(self, saved=None) -> None:
+        """For a rank that cannot make its call: that of the other ranks fails at once, as this one,
+        not when they have waited for long."""
+        with self._lock:
+            self._forward(_library.ForwardInputs(), _library.ForwardOutputs(), saved)
 
     def _forward(self, inputs, outputs, saved) -> int:
         return lib.nsa_engine_forward(
@@ -300,17 +309,22 @@ class Engine:
             sum_over_ranks: compressors' gradients are of all ranks' tokens, else of this rank's
                 blocks alone.
         """
-        tensors = flatten(q, k, v, gate, compress_k, compress_v)
-        places = places_of(tensors)
-        if into is not None:
-            gradients, places = _in_order(into), None
-        elif accumulate:
-            raise ValueError("accumulate = True: must be False without `into`")
-        else:
-            gradients = tuple(
-                None if tensor is None else empty_like(tensor, dtype="float32" if i > 7 else None)
-                for i, tensor in enumerate(tensors)
-            )
+        try:
+            tensors = flatten(q, k, v, gate, compress_k, compress_v)
+            places = places_of(tensors)
+            if into is not None:
+                gradients, places = _in_order(into), None
+            elif accumulate:
+                raise ValueError("accumulate = True: must be False without `into`")
+            else:
+                dtypes = [None] * 8 + ["float32"] * len(tensors[8:])
+                gradients = tuple(
+                    None if tensor is None else empty_like(tensor, dtype=dtype)
+                    for tensor, dtype in zip(tensors, dtypes)
+                )
+        except Exception:
+            self._fail_backward(saved)
+            raise
         self._run_backward(tensors, d_o, saved, gradients, places, accumulate, sum_over_ranks)
         separate = isinstance(k, (tuple, list)) or isinstance(v, (tuple, list))
         return into or _named_gradients(gradients, tensors, separate)
@@ -332,10 +346,15 @@ class Engine:
                     gradients, places, accumulate=accumulate, sum_over_ranks=sum_over_ranks
                 )
             except Exception:
-                blanks = _library.ForwardInputs(), _library.OneTensor(), _library.Gradients()
-                self._backward(*blanks[:2], saved, blanks[2])
+                self._fail_backward(saved)
                 raise
             check(self._backward(inputs, d_o, saved, gradients))
+
+    def _fail_backward(self, saved) -> None:
+        """As fail_forward()."""
+        blanks = _library.ForwardInputs(), _library.OneTensor(), _library.Gradients()
+        with self._lock:
+            self._backward(*blanks[:2], saved, blanks[2])
 
     def _backward(self, inputs, d_o, saved, gradients) -> int:
         return lib.nsa_engine_backward(

@@ -222,7 +222,11 @@ def attention(
     Returns:
         o [T,Hq,Dv].
     """
-    tensors = flatten(q, k, v, gate, compress_k, compress_v)
+    try:
+        tensors = flatten(q, k, v, gate, compress_k, compress_v)
+    except Exception:
+        engine.fail_forward()
+        raise
     return attention_of_number(engine.number, tensors, sum_over_ranks)
 
 

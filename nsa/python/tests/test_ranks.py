@@ -1,5 +1,6 @@
 """Ranks that are processes: on CPUs over UCX, and one GPU each where there are enough."""
 
+import functools
 import os
 import time
 
@@ -157,6 +158,23 @@ def one_rank_is_wrong(rank, size, device):
         except ValueError as error:
             texts.append(str(error))
         assert time.monotonic() - began < 10
+    q, k, v, gate = inputs
+    arguments = {"q": q, "k": k, "v": v, "gate": gate, **make_params(device)}
+    mistake = {"k": (k, k)} if rank == 1 else {}
+    with torch.no_grad():
+        saved = engine.save()
+        d_o = engine.forward(**arguments, saved=saved)
+        for call in (
+            functools.partial(nsa.attention, engine),
+            engine.forward,
+            functools.partial(engine.backward, d_o=d_o, saved=saved),
+        ):
+            began = time.monotonic()
+            try:
+                call(**(arguments | mistake))
+            except ValueError as error:
+                texts.append(str(error))
+            assert time.monotonic() - began < 10
     results.append(results_of(engine, group, device))
     assert torch.equal(results[0][0], results[1][0])
     return texts
@@ -168,6 +186,8 @@ def test_one_rank_is_wrong(device):
     first, second = ranks.run(one_rank_is_wrong, 2, device)
     assert "rank 1: q.shape" in first[0] and "rank 1: q.shape" in second[0]
     assert "rank 1" in first[1] and "q: has dtype torch.float64" in second[1]
+    assert len(first) == 5 and all("rank 1: " in text for text in first[2:])
+    assert second[2:] == ["k, v: are 2 and 1 tensors, must be 1 or 3 (cmp, slc, win)"] * 3
 
 
 def one_rank_is_wrong_of_a_cache(rank, size, transports):
