@@ -128,7 +128,7 @@ def _plan_of_batch(batch, tokens, num_ranks, sharding) -> Plan:
             "all ranks; give a plan, or use 'zigzag_per_document'"
         )
     length = num_ranks * tokens
-    ends = range(0, batch * length + 1, length)
+    ends = [length * i for i in range(batch + 1)]
     return Plan(num_ranks=num_ranks, sharding=sharding, cu_seqlens=ends)
 
 

@@ -291,6 +291,9 @@ def test_calls_that_cannot_be_honoured(megatron):
             *(t[:, 0] for t in (q, k, v)), None,
             packed_seq_params=PackedSeqParams("thd", local_cp_size=1),
         ),
+        "cu_seqlens_q, cu_seqlens_kv: must be given": lambda: core(
+            *(t[:, 0] for t in (q, k, v)), None, packed_seq_params=PackedSeqParams("thd")
+        ),
         "k_cmp": lambda: core(q[:1], k, v, None),
         "inference_context": lambda: layer(
             x, attention_mask=None, inference_context=StaticInferenceContext(1, 512)

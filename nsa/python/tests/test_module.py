@@ -183,6 +183,8 @@ def test_batches_are_documents(device):
     assert torch.equal(packed, together.flatten(0, 1))
     with pytest.raises(ValueError, match="has 300 tokens, must have 299"):
         layer(x, plan=nsa.Plan(299))
+    with pytest.raises(ValueError, match="num_tokens = 0: must lie in"):
+        layer(x[:, :0])
 
 
 def test_plans_that_change(device):

@@ -150,6 +150,8 @@ class NSACoreAttention(MegatronModule):
         _require("packed_seq_params.qkv_format", packed.qkv_format, "thd")
         for name in ("cp_group", "local_cp_size"):
             _require(f"packed_seq_params.{name}", getattr(packed, name, None), None)
+        if packed.cu_seqlens_q is None or packed.cu_seqlens_kv is None:
+            raise ValueError("packed_seq_params.cu_seqlens_q, cu_seqlens_kv: must be given")
         ends = (
             ends if padded is None else padded
             for ends, padded in (
