@@ -5,8 +5,8 @@
 Keys and values are shared by the three branches; compressors and gates (made from the queries) are
 parameters of the inner attention. What torchtitan does, and what becomes of it:
 
-    masks     causal; attention_masks (of the backends flex and varlen, which NSA replaces), varlen's
-              window_size: error.
+    masks     causal; attention_masks (of the backends flex and varlen, which NSA replaces) and
+              varlen's window_size: error.
     documents begin where positions do not go on by one, as torchtitan's data loaders say. Compiled
               blocks are compiled once for all documents. They are read in every step, which CUDA
               graphs do not allow: training.disable_cuda_graphs must be True, unless positions are
