@@ -14,8 +14,9 @@ it:
               the left, other masks, sliding windows and chunks, softcap, sinks (s_aux), dropout,
               output_attentions, and any argument that is not known here: error.
     documents begin where position_ids do not go on by one, or as cu_seq_lens_q says, as with flash
-              attention. Several in a model that does not hand position_ids on to its attention:
-              error.
+              attention. In a model that does not hand position_ids on to its attention several are
+              an error, but count as one where it makes a KV cache (use_cache), as in its own
+              attention.
     RoPE      applied before, by position_ids.
     GQA       num_key_value_heads, not repeated.
     CP        Transformers deals nothing: the caller gives each rank of `process_group` its tokens,
