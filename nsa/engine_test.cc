@@ -101,6 +101,8 @@ TEST_F(EngineTest, MissingAndWrongCompressorParameters) {
                      [](Rank& r) { r.inputs.compress_v.w2.dtype = DType::kF16; });
   ExpectForwardFails("rank 1: compress_k.w1.shape[0] = 3: must be 1 or num_kv_heads = 2",
                      [](Rank& r) { r.inputs.compress_k.w1.shape[0] = 3; });
+  ExpectForwardFails("rank 1: compress_k.weight: must be unset, the compressor does not use it",
+                     [](Rank& r) { r.inputs.compress_k.weight = r.inputs.compress_k.b1; });
   ExpectForwardFails("compress_k hidden width: rank 1 has 16, rank 0 has 8",
                      [&](Rank& r) { r.inputs.compress_k = params(16); });
 }

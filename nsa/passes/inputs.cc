@@ -56,6 +56,7 @@ class ParamsChecker {
       : options_(options), prefix_(prefix), head_dim_(head_dim), params_(params) {}
 
   absl::Status Check() const {
+    NSA_RETURN_IF_ERROR(CheckUnused());
     const int64_t l = options_.config.compress_block_tokens;
     const int64_t d = head_dim_;
     switch (options_.config.compressor) {
@@ -96,6 +97,28 @@ class ParamsChecker {
   }
 
   std::string Name(absl::string_view field) const { return absl::StrCat(prefix_, ".", field); }
+
+  // What is set tells H' and the dtype, and gets a gradient.
+  absl::Status CheckUnused() const {
+    const Compressor compressor = options_.config.compressor;
+    const bool is_weighted = compressor == Compressor::kWeighted;
+    const bool is_linear = compressor == Compressor::kLinear;
+    const bool is_mlp = compressor == Compressor::kMlp;
+    const std::tuple<const char*, const ConstTensor&, bool> all[] = {
+        {"weight", params_.weight, is_weighted},
+        {"pe", params_.pe, is_weighted || is_linear || is_mlp},
+        {"w", params_.w, is_linear},
+        {"w1", params_.w1, is_mlp},
+        {"b1", params_.b1, is_mlp},
+        {"w2", params_.w2, is_mlp},
+        {"b2", params_.b2, is_mlp}};
+    for (const auto& [field, tensor, is_used] : all) {
+      if (is_used || !tensor.is_set()) continue;
+      return absl::InvalidArgumentError(
+          absl::StrCat(Name(field), ": must be unset, the compressor does not use it"));
+    }
+    return absl::OkStatus();
+  }
 
   // Of the tensor that tells H' and the parameters' dtype.
   absl::Status CheckHeads(absl::string_view field, const ConstTensor& tensor) const {
