@@ -103,8 +103,22 @@ TEST_F(EngineTest, MissingAndWrongCompressorParameters) {
                      [](Rank& r) { r.inputs.compress_k.w1.shape[0] = 3; });
   ExpectForwardFails("rank 1: compress_k.weight: must be unset, the compressor does not use it",
                      [](Rank& r) { r.inputs.compress_k.weight = r.inputs.compress_k.b1; });
-  ExpectForwardFails("compress_k hidden width: rank 1 has 16, rank 0 has 8",
-                     [&](Rank& r) { r.inputs.compress_k = params(16); });
+  ExpectForwardFails(
+      "compress_k: rank 1 has shape[0] = 1, hidden width 16, no pe, "
+      "rank 0 has shape[0] = 1, hidden width 8, no pe",
+      [&](Rank& r) { r.inputs.compress_k = params(16); });
+  ExpectForwardFails(
+      "compress_v: rank 1 has shape[0] = 1, hidden width 8, pe, rank 0", [&](Rank& r) {
+        r.inputs.compress_v.pe = ConstTensor(weights.data(), DType::kF32, {1, 32, 64});
+      });
+  ExpectForwardFails("compress_k: rank 1 has shape[0] = 2, ", [](Rank& r) {
+    CompressorParams& p = r.inputs.compress_k;
+    for (ConstTensor* tensor : {&p.w1, &p.b1, &p.w2, &p.b2}) {
+      Dims shape = tensor->shape;
+      shape[0] = 2;
+      *tensor = ConstTensor(tensor->data, tensor->dtype, std::move(shape));
+    }
+  });
 }
 
 TEST_F(EngineTest, FailureOfOneRankInTheMiddleReachesTheOthersAtOnce) {

@@ -309,6 +309,20 @@ absl::Status CheckBackward(const EngineOptions& options, int64_t num_tokens, int
   return CheckCompressorGradients("dcompress_v", inputs.compress_v, gradients.dcompress_v);
 }
 
+namespace {
+
+// What of a compressor's parameters is for the caller to choose.
+std::string ShapesOf(const CompressorParams& params) {
+  int64_t heads = 0;
+  for (const ConstTensor* tensor : {&params.weight, &params.w, &params.w1}) {
+    if (!tensor->shape.empty()) heads = tensor->shape[0];
+  }
+  return absl::StrCat("shape[0] = ", heads, ", hidden width ", HiddenWidth(params), ", ",
+                      params.pe.is_set() ? "pe" : "no pe");
+}
+
+}  // namespace
+
 FieldList FieldsOfBackward(const ForwardInputs& inputs, const Gradients& gradients) {
   FieldList fields = FieldsOfCall(inputs);
   fields.emplace_back("sum_over_ranks", gradients.sum_over_ranks ? "true" : "false");
@@ -331,8 +345,8 @@ FieldList FieldsOfCall(const ForwardInputs& inputs) {
            has_tokens ? absl::StrCat(shared(branches[0].branches), shared(branches[1].branches),
                                      shared(branches[2].branches))
                       : ""},
-          {"compress_k hidden width", absl::StrCat(HiddenWidth(inputs.compress_k))},
-          {"compress_v hidden width", absl::StrCat(HiddenWidth(inputs.compress_v))}};
+          {"compress_k", ShapesOf(inputs.compress_k)},
+          {"compress_v", ShapesOf(inputs.compress_v)}};
 }
 
 }  // namespace nsa
