@@ -24,7 +24,14 @@ constexpr int64_t kMaxHiddenWidth = int64_t{1} << 20;
 
 class EngineImpl final : public Engine {
  public:
-  explicit EngineImpl(std::unique_ptr<PassContext> context) : context_(std::move(context)) {}
+  explicit EngineImpl(std::unique_ptr<PassContext> context) : context_(std::move(context)) {
+    // A rank without tokens does not see whether branches share k and v, and so not that the other
+    // ranks' arguments differ from the last ones.
+    agrees_in_every_call_ = context_->options.agree_in_every_call;
+    for (int rank = 0; rank < context_->plan.num_ranks(); ++rank) {
+      agrees_in_every_call_ |= context_->plan.TokensOfRank(rank) == 0;
+    }
+  }
 
   absl::Status Forward(const ForwardInputs& inputs, const ForwardOutputs& outputs, void* stream,
                        SavedForward* saved) override {
@@ -186,7 +193,7 @@ class EngineImpl final : public Engine {
                            void* stream) {
     PassContext& context = *context_;
     NSA_RETURN_IF_ERROR(AbortOnError(context.stages.Start(stream)));
-    if (!context.options.agree_in_every_call && fields == agreed) {
+    if (!agrees_in_every_call_ && fields == agreed) {
       NSA_RETURN_IF_ERROR(context.communicator->HealthCheck());
       return AbortOnError(mine);
     }
@@ -250,6 +257,7 @@ class EngineImpl final : public Engine {
 
   std::unique_ptr<PassContext> context_;
   std::vector<std::shared_ptr<CallMemory>> captured_;  // what graphs of this engine's calls use
+  bool agrees_in_every_call_;
   FieldList agreed_forward_, agreed_backward_;
   bool was_backward_ = false;  // the last call
 };
@@ -278,6 +286,7 @@ absl::Status CheckOptions(const EngineOptions& options, const ShardPlan& plan,
 FieldList FieldsToAgreeOn(const EngineOptions& options, const ShardPlan& plan) {
   FieldList fields = Fields(options.config);
   fields.emplace_back("dtype", NameOf(options.dtype));
+  fields.emplace_back("agree_in_every_call", options.agree_in_every_call ? "true" : "false");
   fields.emplace_back("has_backward", options.has_backward ? "true" : "false");
   fields.emplace_back("max_hidden_width", absl::StrCat(options.max_hidden_width));
   FieldList plan_fields = plan.Fields();

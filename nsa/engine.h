@@ -37,7 +37,8 @@ struct EngineOptions {
   int64_t fetch_budget_bytes = int64_t{1} << 30;
   // Compare the ranks' arguments in every call: the host of each rank waits for all others. False:
   // in the first call, and in one whose arguments differ in more than their data from those of this
-  // rank's call before. A mistake of one rank alone then breaks the communicator on all.
+  // rank's call before. A mistake of one rank alone then breaks the communicator on all. Where a
+  // rank has no tokens it is as if true.
   bool agree_in_every_call = true;
   // Take the memory of Backward as well. The fetch budget must then hold the remote blocks of at
   // least one kv head.

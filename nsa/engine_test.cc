@@ -197,6 +197,21 @@ TEST_F(EngineTest, ArgumentsAreComparedOnceIfSoAsked) {
   for (int r : {0, 2}) EXPECT_EQ(statuses[r].code(), absl::StatusCode::kAborted) << statuses[r];
 }
 
+TEST_F(EngineTest, WhenArgumentsAreComparedIsTheSameOnEveryRank) {
+  ranks_[2].options.agree_in_every_call = false;
+  ExpectCreateFails(absl::StatusCode::kInvalidArgument,
+                    "agree_in_every_call: rank 2 has false, rank 0 has true");
+  // A rank without tokens does not see that the others go over to shared keys and values.
+  for (Rank& rank : ranks_) {
+    rank.options.agree_in_every_call = false;
+    rank.sharding = "100,0,100";
+  }
+  Create();
+  for (const absl::Status& status : Forward()) ASSERT_TRUE(status.ok()) << status;
+  for (Rank& rank : ranks_) rank.inputs.SetSharedKv(rank.inputs.k_cmp, rank.inputs.v_cmp);
+  for (const absl::Status& status : Forward()) EXPECT_TRUE(status.ok()) << status;
+}
+
 TEST_F(EngineTest, StagesAreAnnouncedInOrder) {
   std::vector<std::string> stages;
   ranks_[1].options.time_stages = true;
