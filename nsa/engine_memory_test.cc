@@ -131,6 +131,27 @@ TEST_F(EngineMemoryTest, StatisticsAreOfTheLastCallInTheMemory) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("another in its memory"));
 }
 
+TEST_F(EngineMemoryTest, ARankWithoutBlocksCountsNothingThatOthersLeft) {
+  CreateOf(4 * kTokens);
+  for (const absl::Status& status : Forward()) ASSERT_TRUE(status.ok()) << status;
+  for (Rank& rank : ranks_) rank.sharding = "0,100,100";
+  CreateOf(kTokens);
+  const auto forward_and_backward = [](Rank& rank) -> absl::Status {
+    const auto saved = rank.engine->CreateSavedForward();
+    if (!saved.ok()) return saved.status();
+    const absl::Status forward =
+        rank.engine->Forward(rank.inputs, rank.outputs, /*stream=*/nullptr, saved->get());
+    if (!forward.ok()) return forward;
+    return rank.engine->Backward(rank.inputs, rank.d_o, **saved, rank.gradients);
+  };
+  for (const absl::Status& status : CallOnEachRank(forward_and_backward)) {
+    ASSERT_TRUE(status.ok()) << status;
+  }
+  const absl::StatusOr<RankStats> stats = ranks_[0].engine->LastStats();
+  ASSERT_TRUE(stats.ok()) << stats.status();
+  EXPECT_EQ(stats->block_gradients_received(), 0);
+}
+
 TEST_F(EngineMemoryTest, SavedForwardsInMemoryOfTheCaller) {
   Engine& engine = *first_[0];
   alignas(64) static char memory[1 << 20];

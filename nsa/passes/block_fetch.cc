@@ -177,6 +177,7 @@ absl::Status ReturnSlotGradients(PassContext& context, kernels::HeadRange kv_hea
 
 absl::Status ReadReturnCounters(PassContext& context, int num_pieces, void* stream,
                                 RankStats& stats) {
+  if (context.rank_plan.num_own_slc_blocks == 0) return absl::OkStatus();  // nothing is counted
   const int num_ranks = context.plan.num_ranks();
   std::vector<int32_t> counts(num_pieces * num_ranks);
   NSA_RETURN_IF_ERROR(
