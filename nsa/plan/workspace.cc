@@ -86,8 +86,9 @@ int64_t RecordGradientBytes(const kernels::AttentionDims& dims) {
 int32_t BackwardHeadsAPiece(const kernels::AttentionDims& dims, const RankPlan& rank_plan,
                             int64_t record_bytes, int64_t fetch_budget_bytes) {
   constexpr int64_t kMostQueryGradientBytes = int64_t{2} << 30;
+  const int64_t remote_bytes = rank_plan.num_remote_slc_blocks * record_bytes;
   const int64_t heads_fetched =
-      fetch_budget_bytes / std::max<int64_t>(1, rank_plan.num_remote_slc_blocks * record_bytes);
+      remote_bytes == 0 ? dims.num_kv_heads : fetch_budget_bytes / remote_bytes;
   const int64_t head_bytes = rank_plan.num_tokens * dims.group_size() * dims.head_dim_qk * kFloat;
   const int64_t heads_held =
       std::max<int64_t>(1, kMostQueryGradientBytes / std::max<int64_t>(1, head_bytes));

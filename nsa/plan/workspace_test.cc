@@ -60,6 +60,8 @@ TEST(WorkspaceTest, BackwardTakesThePlaceOfTheForward) {
   const int32_t heads = BackwardHeadsAPiece(dims, p.rank_plan, 32768, 70 * 32768);
   EXPECT_EQ(heads, 2) << "of 32 remote blocks each";
   EXPECT_EQ(BackwardHeadsAPiece(dims, p.rank_plan, 32768, 31 * 32768), 0);
+  EXPECT_EQ(BackwardHeadsAPiece(dims, Plan(0, 4096, 1).rank_plan, 32768, 0), 4)
+      << "nothing is remote";
   const auto layout = MakeWorkspaceLayout(dims, p.rank_plan, p.blocks, 0, {32768, 1000, 2000},
                                           70 * 32768, {.kv_heads_a_piece = heads});
   ASSERT_TRUE(layout.ok()) << layout.status();
