@@ -277,7 +277,7 @@ absl::StatusOr<WorkspaceLayout> MakeWorkspaceLayout(const kernels::AttentionDims
     if (i == kFirstBackwardBuffer) end = first_of_pass;
     layout.offset[i] = end;
     end += AlignUp(bytes[i]);
-    layout.call_bytes = std::max(layout.call_bytes, end);
+    if (i >= kFirstCallBuffer) layout.call_bytes = std::max(layout.call_bytes, end);
   }
   return layout;
 }

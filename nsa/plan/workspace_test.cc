@@ -108,6 +108,16 @@ TEST(WorkspaceTest, FetchBudgetBoundsTheSlots) {
   EXPECT_EQ(none->fetch_capacity, 0);
 }
 
+TEST(WorkspaceTest, ListsTakeNoMemoryOfCalls) {
+  const Planned p = Plan(2, 4096, 4);
+  const auto dims = MakeDims(p.config, DType::kBF16);
+  const auto few = MakeWorkspaceLayout(dims, p.rank_plan, p.blocks, 0, {32768, 0}, 1 << 30);
+  const auto many = MakeWorkspaceLayout(dims, p.rank_plan, p.blocks, 1 << 30, {32768, 0}, 1 << 30);
+  ASSERT_TRUE(few.ok() && many.ok());
+  EXPECT_EQ(many->plan_bytes - few->plan_bytes, 1 << 30);
+  EXPECT_EQ(many->call_bytes, few->call_bytes);
+}
+
 TEST(WorkspaceTest, TablesHoldTheLists) {
   const Planned p = Plan(1, 1000, 3);
   const PlanTables tables = MakePlanTables(p.rank_plan, p.blocks);
