@@ -37,14 +37,14 @@ class EngineImpl final : public Engine {
                        SavedForward* saved) override {
     PassContext& context = *context_;
     auto* const kept = static_cast<SavedForwardImpl*>(saved);
-    was_backward_ = false;
-    Begin(inputs, context.attention_flops.total(), kept);
     absl::Status mine = CheckForward(context.options, context.rank_plan.num_tokens,
                                      context.kernels->RowAlignment(), inputs, outputs);
     if (mine.ok() && kept != nullptr) mine = CheckSaved(*kept, outputs);
     FieldList fields = FieldsOfCall(inputs);
     fields.emplace_back("saved", SavedField(kept));
     NSA_RETURN_IF_ERROR(AgreeOnCall(mine, std::move(fields), agreed_forward_, stream));
+    was_backward_ = false;
+    Begin(inputs, context.attention_flops.total(), kept);
     if (kept != nullptr) kept->is_filled = false;
     // A failure of this rank alone would leave the others waiting for it.
     NSA_RETURN_IF_ERROR(AbortOnError(RunInOrder(stream, [&] {
@@ -79,8 +79,6 @@ class EngineImpl final : public Engine {
                         const Gradients& gradients, void* stream) override {
     PassContext& context = *context_;
     const auto& kept = static_cast<const SavedForwardImpl&>(saved);
-    was_backward_ = true;
-    Begin(inputs, BackwardFlops(context.options.config, context.attention_flops), &kept);
     absl::Status mine = CheckBackward(context.options, context.rank_plan.num_tokens,
                                       context.kernels->RowAlignment(), inputs, d_o, gradients);
     if (kept.owner() != &context || !kept.is_filled) {
@@ -89,6 +87,8 @@ class EngineImpl final : public Engine {
     FieldList fields = FieldsOfBackward(inputs, gradients);
     fields.emplace_back("saved", SavedField(&kept));
     NSA_RETURN_IF_ERROR(AgreeOnCall(mine, std::move(fields), agreed_backward_, stream));
+    was_backward_ = true;
+    Begin(inputs, BackwardFlops(context.options.config, context.attention_flops), &kept);
     return AbortOnError(RunInOrder(
         stream, [&] { return RunBackward(context, inputs, d_o, kept, gradients, stream); }));
   }

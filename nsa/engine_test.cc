@@ -77,6 +77,28 @@ TEST_F(EngineTest, WrongTensorsOfOneRankAreAnErrorOnEveryRankAndTheEngineGoesOn)
                      [](Rank& r) { r.inputs.SetSharedKv(r.inputs.k_cmp, r.inputs.v_cmp); });
 }
 
+TEST_F(EngineTest, ARefusedCallLeavesNothingAndTakesNothing) {
+  Create();
+  const auto refused = [this] {
+    const Arguments arguments = ranks_[1];
+    ranks_[1].inputs.q = ConstTensor();
+    for (const absl::Status& status : Forward()) {
+      EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+    }
+    static_cast<Arguments&>(ranks_[1]) = arguments;
+  };
+  const Engine& engine = *ranks_[0].engine;
+  refused();
+  EXPECT_FALSE(engine.LastBlocks().is_there);
+  EXPECT_EQ(ranks_[0].engine->LastStats().status().code(), absl::StatusCode::kFailedPrecondition);
+  for (const absl::Status& status : Forward()) ASSERT_TRUE(status.ok()) << status;
+  refused();
+  EXPECT_TRUE(engine.LastBlocks().is_there);
+  const absl::StatusOr<RankStats> stats = ranks_[2].engine->LastStats();
+  ASSERT_TRUE(stats.ok()) << stats.status();
+  EXPECT_GT(stats->records_fetched(), 0);
+}
+
 TEST_F(EngineTest, MissingAndWrongCompressorParameters) {
   for (Rank& rank : ranks_) rank.options.config.compressor = Compressor::kMlp;
   Create();
