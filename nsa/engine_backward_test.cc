@@ -1,4 +1,7 @@
 // As engine_test.cc, of the backward.
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
@@ -164,6 +167,67 @@ TEST_F(EngineBackwardTest, CompressorGradients) {
                       [](Rank& r) { r.gradients.dcompress_v.b1.strides[1] = 2; });
   ExpectBackwardFails("rank 1: dcompress_v.pe: must be unset, as the parameter is",
                       [](Rank& r) { r.gradients.dcompress_v.pe = r.gradients.dcompress_v.b1; });
+}
+
+// A tensor of 2^31 numbers, whose memory nobody touches.
+TEST_F(EngineBackwardTest, CompressorGradientsOfMoreNumbersThanInt32Counts) {
+  class Untouched : public test::DelegatingKernels {
+   public:
+    using DelegatingKernels::DelegatingKernels;
+    class Pages : public kernels::Memory {
+     public:
+      explicit Pages(int64_t num_bytes) : num_bytes_(num_bytes) {}
+      ~Pages() override { munmap(data_, num_bytes_); }
+      void* data() override { return data_; }
+
+     private:
+      const int64_t num_bytes_;
+      void* const data_ = mmap(nullptr, num_bytes_, PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    };
+    absl::StatusOr<std::unique_ptr<kernels::Memory>> Allocate(int64_t num_bytes) override {
+      auto pages = std::make_unique<Pages>(std::max<int64_t>(num_bytes, 1));
+      if (pages->data() == MAP_FAILED) return absl::ResourceExhaustedError("mmap");
+      return pages;
+    }
+    int64_t CompressBackwardScratchBytes(const kernels::AttentionDims&, Compressor, int32_t,
+                                         int64_t) const override {
+      return 0;
+    }
+    absl::Status Compress(const kernels::CompressParams&, void*) override {
+      return absl::OkStatus();
+    }
+    absl::Status CompressBackward(const kernels::CompressBackwardParams&, void*) override {
+      return absl::OkStatus();
+    }
+    absl::Status StoreGradient(const kernels::StoreGradientParams& params, void*) override {
+      if (params.num_rows == 1) numbers += params.head_dim;
+      return absl::OkStatus();
+    }
+    int64_t numbers = 0;
+  };
+  constexpr int64_t kHidden = 1 << 20;
+  float number = 0;
+  const auto tensor = [&number](Dims shape) {
+    return Tensor(&number, DType::kF32, std::move(shape));
+  };
+  std::vector<std::shared_ptr<Untouched>> untouched;
+  for (Rank& rank : ranks_) {
+    rank.options.config.compressor = Compressor::kMlp;
+    rank.options.max_hidden_width = kHidden;
+    CompressorParams& params = rank.inputs.compress_k;
+    params.w1 = tensor({1, kHidden, 32 * 64});
+    params.b1 = tensor({1, kHidden});
+    params.w2 = tensor({1, 64, kHidden});
+    params.b2 = tensor({1, 64});
+    rank.inputs.compress_v = params;
+    rank.gradients.dcompress_k.w1 = tensor({1, kHidden, 32 * 64});
+    untouched.push_back(std::make_shared<Untouched>(rank.kernels));
+    rank.kernels = untouched.back();
+  }
+  CreateAndForward();
+  for (const absl::Status& status : Backward()) ASSERT_TRUE(status.ok()) << status;
+  for (const auto& kernels : untouched) EXPECT_EQ(kernels->numbers, kHidden * 32 * 64);
 }
 
 TEST_F(EngineBackwardTest, NoBackwardWithoutTheOption) {

@@ -74,18 +74,23 @@ std::array<std::vector<WeightGradient>, 2> WeightGradientsOf(const PassContext& 
                             numbers + context.layout.backward.num_weights)};
 }
 
-// src as rows of one head and dimension.
+// src as rows of one head and dimension, as long as an int32 can say.
 absl::Status StoreNumbers(PassContext& context, const float* src, int64_t count, float* dst,
                           bool adds, void* stream) {
-  return context.kernels->StoreGradient(
-      {.src = src,
-       .num_rows = 1,
-       .num_heads = 1,
-       .head_dim = static_cast<int32_t>(count),
-       .dst = {.data = dst, .row_stride = count, .head_stride = 0},
-       .dst_dtype = DType::kF32,
-       .adds = adds},
-      stream);
+  constexpr int64_t kMostAtATime = 1 << 30;
+  for (int64_t begin = 0; begin < count; begin += kMostAtATime) {
+    const int64_t size = std::min(count - begin, kMostAtATime);
+    NSA_RETURN_IF_ERROR(context.kernels->StoreGradient(
+        {.src = src + begin,
+         .num_rows = 1,
+         .num_heads = 1,
+         .head_dim = static_cast<int32_t>(size),
+         .dst = {.data = dst + begin, .row_stride = size, .head_stride = 0},
+         .dst_dtype = DType::kF32,
+         .adds = adds},
+        stream));
+  }
+  return absl::OkStatus();
 }
 
 // Adds up `numbers` [count] of all ranks, in the order of ranks, so that all get the same bits.
