@@ -101,6 +101,7 @@ std::string HostName() {
 }
 
 struct Master {
+  std::string error;  // why rank 0 does not listen; empty: it does
   std::string group;
   std::string host;                    // of rank 0
   std::vector<std::string> addresses;  // of that host
@@ -109,6 +110,7 @@ struct Master {
 
 std::string Encode(const Master& master) {
   WireWriter writer;
+  writer.PutString(master.error);
   writer.PutString(master.group);
   writer.PutString(master.host);
   writer.PutInt64(master.port);
@@ -120,6 +122,7 @@ std::string Encode(const Master& master) {
 absl::StatusOr<Master> Decode(const Announcement& announcement) {
   WireReader reader(absl::string_view(announcement.data(), announcement.size()));
   Master master;
+  master.error = reader.GetString();
   master.group = reader.GetString();
   master.host = reader.GetString();
   master.port = static_cast<int>(reader.GetInt64());
@@ -167,6 +170,24 @@ std::string HostOf(const SocketAddress& address) {
   text.resize(text.rfind(':'));
   if (text.front() == '[') text = text.substr(1, text.size() - 2);
   return text;
+}
+
+// Begins to listen, and says where.
+absl::Status Announce(Fd& listener, Master& master) {
+  absl::StatusOr<Fd> listening = ListenAnywhere();
+  if (!listening.ok()) return listening.status();
+  listener = *std::move(listening);
+  const absl::StatusOr<SocketAddress> bound = BoundAddress(listener);
+  if (!bound.ok()) return bound.status();
+  // Tells this group from another that listens on the same port of another address.
+  std::random_device random;
+  master.group = absl::StrCat("mpi/", random(), "/", random());
+  master.host = HostName();
+  master.port = bound->port();
+  for (const SocketAddress& address : LocalAddresses()) {
+    master.addresses.push_back(HostOf(address));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -218,23 +239,14 @@ absl::StatusOr<std::unique_ptr<Bootstrap>> CreateMpiBootstrap(const MpiBootstrap
   const absl::Time deadline = absl::Now() + options.timeout;
 
   Fd listener;
+  absl::Status listening;
   auto announcement = std::make_unique<Announcement>();
   announcement->fill(0);
   if (rank == 0) {
-    absl::StatusOr<Fd> listening = ListenAnywhere();
-    if (!listening.ok()) return listening.status();
-    listener = *std::move(listening);
-    const absl::StatusOr<SocketAddress> bound = BoundAddress(listener);
-    if (!bound.ok()) return bound.status();
     Master master;
-    // Tells this group from another that listens on the same port of another address.
-    std::random_device random;
-    master.group = absl::StrCat("mpi/", random(), "/", random());
-    master.host = HostName();
-    master.port = bound->port();
-    for (const SocketAddress& address : LocalAddresses()) {
-      master.addresses.push_back(HostOf(address));
-    }
+    listening = Announce(listener, master);
+    // The others hear of a failure, or they would wait for this rank.
+    if (!listening.ok()) master.error = std::string(listening.message());
     std::string bytes = Encode(master);
     while (bytes.size() > announcement->size()) {
       master.addresses.pop_back();
@@ -247,8 +259,12 @@ absl::StatusOr<std::unique_ptr<Bootstrap>> CreateMpiBootstrap(const MpiBootstrap
     (void)announcement.release();
     return s;
   }
+  if (!listening.ok()) return listening;
   const absl::StatusOr<Master> master = Decode(*announcement);
   if (!master.ok()) return master.status();
+  if (!master->error.empty()) {
+    return absl::UnavailableError(absl::StrCat("rendezvous by MPI: rank 0: ", master->error));
+  }
 
   const Meeting meeting = {master->group, size, options.timeout, deadline};
   std::vector<Fd> links;

@@ -1,4 +1,6 @@
 // Run by mpirun: every rank gathers by an MPI-made Bootstrap, then sees rank 1 leave.
+#include <fcntl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstdio>
@@ -6,11 +8,34 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "comm/bootstrap/mpi_bootstrap.h"
 
 namespace nsa::comm {
 namespace {
+
+// Rank 0 cannot open a socket: the others hear of it, and do not wait for it.
+absl::Status ExpectRankZeroFails(int rank) {
+  rlimit limit = {};
+  getrlimit(RLIMIT_NOFILE, &limit);
+  if (rank == 0) {
+    const int next = open("/dev/null", O_RDONLY);
+    close(next);
+    const rlimit none = {static_cast<rlim_t>(next), limit.rlim_max};
+    setrlimit(RLIMIT_NOFILE, &none);
+  }
+  const absl::Time start = absl::Now();
+  const absl::Status status = CreateMpiBootstrap({absl::Seconds(20)}).status();
+  setrlimit(RLIMIT_NOFILE, &limit);
+  if (!absl::IsUnavailable(status) || !absl::StrContains(status.message(), "Too many open files") ||
+      absl::StrContains(status.message(), "rank 0") != (rank != 0)) {
+    return absl::InternalError(absl::StrCat("rank 0 without sockets: ", status.ToString()));
+  }
+  if (absl::Now() - start > absl::Seconds(10)) return absl::InternalError("not at once");
+  return absl::OkStatus();
+}
 
 absl::Status RunRank() {
   if (!absl::IsFailedPrecondition(CreateMpiBootstrap().status())) {
@@ -33,6 +58,8 @@ absl::Status RunRank() {
       if ((*all)[rank] != absl::StrCat("rank ", rank)) return absl::InternalError((*all)[rank]);
     }
   }
+  if (absl::Status s = ExpectRankZeroFails((*session)->rank()); !s.ok()) return s;
+  if (auto after = CreateMpiBootstrap({absl::Seconds(20)}); !after.ok()) return after.status();
   // A rank that does not come in time is named, and MPI is not finalised over it.
   if (auto bad = CreateMpiBootstrap({absl::ZeroDuration()}); bad.ok()) {
     return absl::InternalError("a timeout of 0");
