@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "comm/bootstrap/tcp_bootstrap.h"
 #include "comm/conformance/check.h"
 #include "comm/conformance/conformance.h"
 #include "comm/conformance/fake_memory.h"
@@ -75,6 +77,35 @@ TEST(UcxCommunicatorTest, UnknownTransportFailsAllRanks) {
     const auto code =
         rank == 1 ? absl::StatusCode::kInvalidArgument : absl::StatusCode::kUnavailable;
     return conformance::HasError(status, code, "'carrier_pigeon'");
+  };
+  EXPECT_EQ(conformance::RunOnProcesses(2, run), absl::OkStatus());
+}
+
+TEST(UcxCommunicatorTest, PollingEndsAtTheDeadline) {
+  const int port = conformance::FreePort();
+  const auto run = [&](int rank) -> absl::Status {
+    TcpBootstrapOptions meeting;
+    meeting.rank = rank;
+    meeting.world_size = 2;
+    meeting.master_addr = "127.0.0.1";
+    meeting.master_port = port;
+    auto bootstrap = CreateTcpBootstrap(meeting);
+    NSA_COMM_OK(bootstrap.status());
+    UcxOptions options;
+    options.timeout = absl::Seconds(1);
+    options.poll_time = absl::Seconds(20);
+    auto comm = UcxCommunicator::Create(*std::move(bootstrap), options);
+    NSA_COMM_OK(comm.status());
+    const absl::Time start = absl::Now();
+    if (rank == 1) {
+      while ((*comm)->HealthCheck().ok() && absl::Now() - start < absl::Seconds(10)) {
+        absl::SleepFor(absl::Milliseconds(5));
+      }
+      return absl::OkStatus();
+    }
+    NSA_COMM_FAILS((*comm)->Barrier(), absl::StatusCode::kDeadlineExceeded, "waited 1s for rank 1");
+    NSA_COMM_CHECK(absl::Now() - start < absl::Seconds(5), "long before it has polled");
+    return absl::OkStatus();
   };
   EXPECT_EQ(conformance::RunOnProcesses(2, run), absl::OkStatus());
 }

@@ -366,7 +366,7 @@ absl::Status Worker::Wait(absl::string_view call, absl::FunctionRef<bool()> done
                           absl::FunctionRef<std::vector<int>()> awaited) {
   const absl::Time start = absl::Now();
   const absl::Time deadline = start + timeout_;
-  const absl::Time poll_end = start + options_.poll_time;
+  const absl::Time poll_end = std::min(start + options_.poll_time, deadline);
   absl::Status error;
   while (true) {
     const bool worked = Progress();
