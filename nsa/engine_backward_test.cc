@@ -154,6 +154,9 @@ TEST_F(EngineBackwardTest, CompressorGradients) {
     rank.gradients.dcompress_v.b1 =
         Tensor(gradients[2 * rank.rank + 1].data(), DType::kF32, {1, 8});
   }
+  // Dense all the same.
+  ranks_[0].inputs.compress_k.b2.strides[0] = 1;
+  ranks_[2].gradients.dcompress_v.b1.strides[0] = 1;
   CreateAndForward();
   ExpectBackwardFails(
       "rank 1: compress_k.w1.shape[1] = 9: must be at most "
@@ -165,6 +168,13 @@ TEST_F(EngineBackwardTest, CompressorGradients) {
                       [](Rank& r) { r.gradients.dcompress_v.b1.dtype = DType::kBF16; });
   ExpectBackwardFails("rank 1: dcompress_v.b1.strides: must be those of a dense tensor",
                       [](Rank& r) { r.gradients.dcompress_v.b1.strides[1] = 2; });
+  ExpectBackwardFails("rank 1: dcompress_v.b1.strides: must be those of a dense tensor",
+                      [](Rank& r) { r.gradients.dcompress_v.b1.strides.clear(); });
+  ExpectBackwardFails("rank 1: dcompress_v.b1.data: must be aligned to its element of 4 bytes",
+                      [](Rank& r) {
+                        Tensor& b1 = r.gradients.dcompress_v.b1;
+                        b1.data = static_cast<char*>(b1.data) + 2;
+                      });
   ExpectBackwardFails("rank 1: dcompress_v.pe: must be unset, as the parameter is",
                       [](Rank& r) { r.gradients.dcompress_v.pe = r.gradients.dcompress_v.b1; });
 }

@@ -43,7 +43,12 @@ absl::Status CheckActivation(absl::string_view name, const ConstTensor& tensor, 
 
 absl::Status CheckDense(absl::string_view name, const ConstTensor& tensor) {
   const ConstTensor dense(tensor.data, tensor.dtype, tensor.shape);
-  if (tensor.strides == dense.strides) return absl::OkStatus();
+  // Of a dimension of one element any stride will do.
+  bool is_dense = tensor.strides.size() == dense.strides.size();
+  for (size_t i = 0; i < dense.strides.size() && is_dense; ++i) {
+    is_dense = tensor.strides[i] == dense.strides[i] || tensor.shape[i] == 1;
+  }
+  if (is_dense) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat(name, ".strides: must be those of a dense tensor"));
 }
@@ -233,6 +238,10 @@ absl::Status CheckCompressorGradients(absl::string_view prefix, const Compressor
           name, ": must be f32 of the parameter's shape [", absl::StrJoin(weight.shape, ","), "]"));
     }
     NSA_RETURN_IF_ERROR(CheckDense(name, gradient));
+    if (reinterpret_cast<uintptr_t>(gradient.data) % sizeof(float) != 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, ".data: must be aligned to its element of ", sizeof(float), " bytes"));
+    }
   }
   return absl::OkStatus();
 }
