@@ -266,7 +266,8 @@ absl::StatusOr<WorkspaceLayout> MakeWorkspaceLayout(const kernels::AttentionDims
     }
     if (backward.num_weights > 0) {
       bytes[kWeightGradientsBuffer] =
-          (2 * backward.num_weights + num_ranks * kWeightsAtATime) * kFloat;
+          (2 * backward.num_weights + num_ranks * std::min(backward.num_weights, kWeightsAtATime)) *
+          kFloat;
     }
     bytes[kBackwardScratchBuffer] = kernel_bytes.backward_scratch;
   }

@@ -63,7 +63,7 @@ enum WorkspaceBuffer : int {
   kReturnedBuffer,          // [h,own blocks] gradient records of one other rank
   kReturnListBuffer,        // int64 offsets, int32 peers, int32 records, [h,own blocks] each
   kReturnCountersBuffer,    // [pieces,P] int32 gradient records received
-  kWeightGradientsBuffer,   // of the compressors of k and v; then [P, kWeightsAtATime] for sums
+  kWeightGradientsBuffer,   // of compressors of k and v; then [P, kWeightsAtATime or all] for sums
   kBackwardScratchBuffer,   // of the stage in progress
   kNumWorkspaceBuffers,
 };

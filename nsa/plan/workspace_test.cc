@@ -1,5 +1,6 @@
 #include "nsa/plan/workspace.h"
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 
@@ -81,6 +82,18 @@ TEST(WorkspaceTest, BackwardTakesThePlaceOfTheForward) {
   EXPECT_EQ(layout->num_bytes[kReturnedBuffer], 2 * 16 * gradient_bytes);
   EXPECT_EQ(layout->num_bytes[kQueryGradientsBuffer], 1024 * 2 * 16 * 128 * 4);
   EXPECT_EQ(layout->num_bytes[kBackwardScratchBuffer], 2000);
+}
+
+TEST(WorkspaceTest, SumsOfWeightsTakeNoMoreThanTheWeights) {
+  const Planned p = Plan(2, 4096, 4);
+  const auto dims = MakeDims(p.config, DType::kBF16);
+  for (const int64_t num_weights : {int64_t{1000}, 3 * kWeightsAtATime}) {
+    const auto layout = MakeWorkspaceLayout(dims, p.rank_plan, p.blocks, 0, {32768, 0, 0}, 1 << 30,
+                                            {.kv_heads_a_piece = 4, .num_weights = num_weights});
+    ASSERT_TRUE(layout.ok()) << layout.status();
+    EXPECT_EQ(layout->num_bytes[kWeightGradientsBuffer],
+              4 * (2 * num_weights + 4 * std::min(num_weights, kWeightsAtATime)));
+  }
 }
 
 TEST(WorkspaceTest, FetchBudgetBoundsTheSlots) {
