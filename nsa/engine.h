@@ -172,7 +172,8 @@ class Engine {
   // those of packed documents do from step to step. Each lives as long as it likes. Their calls run
   // in the order they are made in, and none beside the launch of a graph of another's.
   // InvalidArgument on every rank, naming rank, field, value and rule, when any rank's options are
-  // invalid or differ from another's; ResourceExhausted on every rank when one lacks the memory.
+  // invalid or differ from another's, as fetch_budget_bytes, time_stages and on_stage may;
+  // ResourceExhausted on every rank when one lacks the memory.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(
       const EngineOptions& options, ShardPlan plan,
       std::shared_ptr<comm::Communicator> communicator, std::shared_ptr<kernels::Kernels> kernels,
