@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <list>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -14,6 +15,7 @@ namespace nsa::comm {
 namespace {
 
 constexpr size_t kMagicBytes = 8;
+constexpr size_t kHeadBytes = kMagicBytes + sizeof(int64_t);
 constexpr int64_t kMaxMessageBytes = 1 << 16;
 // A server that is not ours need not say anything; ours greets at once.
 constexpr absl::Duration kGreetingTime = absl::Seconds(1);
@@ -32,19 +34,24 @@ std::string Envelope(const WireWriter& payload) {
                       payload.bytes());
 }
 
-absl::StatusOr<std::string> ReceiveEnvelope(const Fd& socket, absl::Time deadline) {
-  std::string head;
-  if (absl::Status s = ReceiveAll(socket, kMagicBytes + sizeof(int64_t), head, deadline); !s.ok()) {
-    return s;
-  }
-  WireReader reader(absl::string_view(head).substr(kMagicBytes));
+// From the first kHeadBytes of an envelope.
+absl::StatusOr<int64_t> PayloadBytes(absl::string_view head) {
+  WireReader reader(head.substr(kMagicBytes));
   const int64_t length = reader.GetInt64();
   if (head.substr(0, kMagicBytes) != absl::string_view(kRendezvousMagic, kMagicBytes) ||
       length < 0 || length > kMaxMessageBytes) {
     return absl::NotFoundError("not our protocol");
   }
+  return length;
+}
+
+absl::StatusOr<std::string> ReceiveEnvelope(const Fd& socket, absl::Time deadline) {
+  std::string head;
+  if (absl::Status s = ReceiveAll(socket, kHeadBytes, head, deadline); !s.ok()) return s;
+  const absl::StatusOr<int64_t> length = PayloadBytes(head);
+  if (!length.ok()) return length.status();
   std::string payload;
-  if (absl::Status s = ReceiveAll(socket, length, payload, deadline); !s.ok()) return s;
+  if (absl::Status s = ReceiveAll(socket, *length, payload, deadline); !s.ok()) return s;
   return payload;
 }
 
@@ -133,6 +140,11 @@ class Server {
   }
 
  private:
+  struct Guest {
+    Fd socket;
+    std::string received;  // of its hello
+  };
+
   absl::Status WaitForAll(const Fd& listener) {
     while (num_joined_ + 1 < meeting_.world_size) {
       if (absl::Now() >= meeting_.deadline) {
@@ -143,7 +155,7 @@ class Server {
         return WaitTimedOut("rendezvous", 0, missing, meeting_.timeout);
       }
       std::vector<pollfd> entries = {{listener.get(), POLLIN, 0}};
-      for (const Fd& guest : guests_) entries.push_back({guest.get(), POLLIN, 0});
+      for (const Guest& guest : guests_) entries.push_back({guest.socket.get(), POLLIN, 0});
       for (const Fd& rank : joined_) entries.push_back({rank.get(), POLLIN, 0});  // -1 is ignored
       if (poll(entries.data(), entries.size(), PollTimeout(meeting_.deadline)) <= 0) continue;
 
@@ -153,7 +165,14 @@ class Server {
           ++guest;
           continue;
         }
-        if (absl::Status s = Welcome(std::move(*guest)); !s.ok()) return s;
+        const absl::StatusOr<std::optional<Introduction>> hello = Hear(*guest);
+        if (hello.ok() && !hello->has_value()) {
+          ++guest;
+          continue;
+        }
+        if (hello.ok()) {
+          if (absl::Status s = Admit(**hello, std::move(guest->socket)); !s.ok()) return s;
+        }
         guest = guests_.erase(guest);
       }
       for (int rank = 0; rank < meeting_.world_size; ++rank, ++entry) {
@@ -168,7 +187,7 @@ class Server {
   void Greet(const Fd& listener) {
     for (Fd guest = Accept(listener); guest.valid(); guest = Accept(listener)) {
       if (SendAll(guest, greeting_, absl::Now() + kVerdictTime).ok()) {
-        guests_.push_back(std::move(guest));
+        guests_.push_back({std::move(guest), ""});
       }
     }
   }
@@ -180,7 +199,7 @@ class Server {
     int left = meeting_.world_size - 1 - num_joined_ - static_cast<int>(rejected_.size());
     while (left > 0 && absl::Now() < end) {
       std::vector<pollfd> entries = {{listener.get(), POLLIN, 0}};
-      for (const Fd& guest : guests_) entries.push_back({guest.get(), POLLIN, 0});
+      for (const Guest& guest : guests_) entries.push_back({guest.socket.get(), POLLIN, 0});
       if (poll(entries.data(), entries.size(), PollTimeout(end)) <= 0) continue;
       size_t entry = 1;
       for (auto guest = guests_.begin(); guest != guests_.end(); ++entry) {
@@ -188,9 +207,13 @@ class Server {
           ++guest;
           continue;
         }
-        if (const auto hello = ReceiveEnvelope(*guest, end);
-            hello.ok() && ReadIntroduction(*hello).group == meeting_.group) {
-          SendAll(*guest, verdict, end).IgnoreError();
+        const absl::StatusOr<std::optional<Introduction>> hello = Hear(*guest);
+        if (hello.ok() && !hello->has_value()) {
+          ++guest;
+          continue;
+        }
+        if (hello.ok()) {
+          SendAll(guest->socket, verdict, end).IgnoreError();
           --left;
         }
         guest = guests_.erase(guest);
@@ -199,13 +222,26 @@ class Server {
     }
   }
 
-  // Reads the hello of a guest, which has begun to arrive, and lets it join.
-  absl::Status Welcome(Fd guest) {
-    const absl::StatusOr<std::string> payload =
-        ReceiveEnvelope(guest, std::min(meeting_.deadline, absl::Now() + kVerdictTime));
-    if (!payload.ok()) return absl::OkStatus();  // a stranger
-    const Introduction hello = ReadIntroduction(*payload);
-    if (hello.group != meeting_.group) return absl::OkStatus();
+  // Takes what a guest has sent: nothing to return before its hello is whole. NotFound: it is a
+  // stranger, or gone. Never waits, as a stranger may send a part and no more.
+  absl::StatusOr<std::optional<Introduction>> Hear(Guest& guest) const {
+    char buffer[4096];
+    const ssize_t n = recv(guest.socket.get(), buffer, sizeof(buffer), 0);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return std::nullopt;
+    if (n <= 0) return absl::NotFoundError("the connection was closed");
+    guest.received.append(buffer, n);
+    const absl::string_view received = guest.received;
+    if (received.size() < kHeadBytes) return std::nullopt;
+    const absl::StatusOr<int64_t> payload_bytes = PayloadBytes(received);
+    if (!payload_bytes.ok()) return payload_bytes.status();
+    if (received.size() < kHeadBytes + *payload_bytes) return std::nullopt;
+    Introduction hello = ReadIntroduction(received.substr(kHeadBytes, *payload_bytes));
+    if (hello.group != meeting_.group) return absl::NotFoundError("of another group");
+    return hello;
+  }
+
+  // Lets a guest join.
+  absl::Status Admit(const Introduction& hello, Fd guest) {
     if (absl::Status s = CheckNewcomer(hello, meeting_, joined_); !s.ok()) {
       rejected_.push_back(std::move(guest));
       return s;
@@ -217,7 +253,7 @@ class Server {
 
   const Meeting& meeting_;
   const std::string greeting_ = Introduce(meeting_, 0);
-  std::list<Fd> guests_;      // greeted, have not answered
+  std::list<Guest> guests_;   // greeted, have not answered
   std::vector<Fd> joined_;    // [world size]
   std::vector<Fd> rejected_;  // still to be told why
   int num_joined_ = 0;

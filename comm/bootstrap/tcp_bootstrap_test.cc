@@ -187,6 +187,27 @@ TEST(TcpBootstrapTest, OtherVersionFailsAll) {
   other_build.join();
 }
 
+// They send a part of a hello, and no more.
+TEST(TcpBootstrapTest, StrangersThatFallSilentHoldNobodyUp) {
+  const int port = FreePort();
+  const absl::Duration timeout = absl::Seconds(4);
+  absl::Status rank_zero;
+  std::thread server(
+      [&] { rank_zero = CreateTcpBootstrap(Options(0, 2, port, timeout)).status(); });
+  const SocketAddress address = Resolve("127.0.0.1", absl::InfiniteFuture())->front();
+  const absl::Time deadline = absl::Now() + absl::Seconds(10);
+  std::vector<Fd> strangers;
+  while (strangers.size() < 6 && absl::Now() < deadline) {
+    absl::StatusOr<Fd> socket = Connect(address.WithPort(port), deadline);
+    if (!socket.ok()) continue;
+    EXPECT_TRUE(SendAll(*socket, "NSA-", deadline).ok());
+    strangers.push_back(*std::move(socket));
+  }
+  EXPECT_TRUE(CreateTcpBootstrap(Options(1, 2, port, timeout)).ok());
+  server.join();
+  EXPECT_TRUE(rank_zero.ok()) << rank_zero;
+}
+
 // As torchrun's own store does, somebody else holds the first ports: one silent, one talking.
 TEST(TcpBootstrapTest, PassesByForeignListeners) {
   const SocketAddress loopback = Resolve("127.0.0.1", absl::InfiniteFuture())->front();
