@@ -132,6 +132,7 @@ class Server {
     }
     for (const Fd& rejected : rejected_) SendAll(rejected, verdict, deadline).IgnoreError();
     if (!status.ok()) {
+      joined_.clear();  // told, and room for others
       TellLatecomers(listener, verdict);
       return status;
     }
@@ -179,15 +180,22 @@ class Server {
         // A rank that has said hello is silent until its verdict.
         if (entries[entry].revents != 0) return PeerDied(rank, "it left during rendezvous");
       }
-      Greet(listener);
+      if (absl::Status s = Greet(listener); !s.ok()) return s;
     }
     return absl::OkStatus();
   }
 
-  void Greet(const Fd& listener) {
-    for (Fd guest = Accept(listener); guest.valid(); guest = Accept(listener)) {
-      if (SendAll(guest, greeting_, absl::Now() + kVerdictTime).ok()) {
-        guests_.push_back({std::move(guest), ""});
+  // ResourceExhausted when a connection that waits cannot be taken.
+  absl::Status Greet(const Fd& listener) {
+    while (true) {
+      absl::StatusOr<Fd> guest = Accept(listener);
+      if (!guest.ok()) {
+        return absl::Status(guest.status().code(),
+                            absl::StrCat("rendezvous: rank 0: ", guest.status().message()));
+      }
+      if (!guest->valid()) return absl::OkStatus();
+      if (SendAll(*guest, greeting_, absl::Now() + kVerdictTime).ok()) {
+        guests_.push_back({*std::move(guest), ""});
       }
     }
   }
@@ -218,7 +226,7 @@ class Server {
         }
         guest = guests_.erase(guest);
       }
-      Greet(listener);
+      Greet(listener).IgnoreError();
     }
   }
 

@@ -213,9 +213,13 @@ absl::StatusOr<Fd> Connect(const SocketAddress& address, absl::Time deadline) {
   return socket_fd;
 }
 
-Fd Accept(const Fd& listener) {
+absl::StatusOr<Fd> Accept(const Fd& listener) {
   Fd socket_fd(accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
-  if (socket_fd.valid()) TuneConnection(socket_fd.get());
+  if (socket_fd.valid()) {
+    TuneConnection(socket_fd.get());
+  } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+    return absl::ResourceExhaustedError(absl::StrCat("accepting a connection: ", ErrnoText(errno)));
+  }
   return socket_fd;
 }
 

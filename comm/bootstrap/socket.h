@@ -66,7 +66,8 @@ absl::StatusOr<SocketAddress> BoundAddress(const Fd& socket);
 // A non-blocking connected socket, with delays off and keep-alive on.
 absl::StatusOr<Fd> Connect(const SocketAddress& address, absl::Time deadline);
 // The next connection waiting at `listener`, likewise; invalid when there is none.
-Fd Accept(const Fd& listener);
+// ResourceExhausted when this process can open no more.
+absl::StatusOr<Fd> Accept(const Fd& listener);
 
 // Waits for poll(2) `events`. DeadlineExceeded or OK, also when the peer hung up.
 absl::Status AwaitSocket(const Fd& socket, short events, absl::Time deadline);

@@ -51,6 +51,7 @@ absl::StatusOr<std::string> FreeRendezvousAddress(const std::string& host = "");
 //   InvalidArgument     options break a rule, ranks disagree, or a rank comes twice: told to all
 //   DeadlineExceeded    names the ranks that did not come
 //   Unavailable         a rank died meanwhile, or no port is free
+//   ResourceExhausted   rank 0 can open no more connections: told to all
 absl::StatusOr<std::unique_ptr<Bootstrap>> CreateTcpBootstrap(const TcpBootstrapOptions& options);
 
 }  // namespace nsa::comm

@@ -1,7 +1,9 @@
 #include "comm/bootstrap/tcp_bootstrap.h"
 
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include <map>
 #include <memory>
@@ -162,6 +164,26 @@ TEST(TcpBootstrapTest, OtherWorldSizeFailsAllAlsoLatecomers) {
             "world_size (WORLD_SIZE): rank 2 says 5, rank 0 says 4");
 }
 
+TEST(TcpBootstrapTest, RankZeroThatCanOpenNoMoreTellsAll) {
+  const int port = FreePort();
+  const std::string part = "rendezvous: rank 0: accepting a connection: Too many open files";
+  Processes processes(4, [&](int rank) -> absl::Status {
+    if (rank == 0) {
+      // Room for the listener and one connection.
+      const int next = dup(STDERR_FILENO);
+      close(next);
+      const rlimit limit = {static_cast<rlim_t>(next) + 2, static_cast<rlim_t>(next) + 2};
+      if (next < 0 || setrlimit(RLIMIT_NOFILE, &limit) != 0)
+        return absl::InternalError("setrlimit");
+    }
+    return CreateTcpBootstrap(Options(rank, 4, port)).status();
+  });
+  for (const conformance::ProcessResult& result : processes.Join()) {
+    ExpectAll({result.status}, absl::StatusCode::kResourceExhausted, part);
+    EXPECT_LT(result.run_time, absl::Seconds(10));
+  }
+}
+
 TEST(TcpBootstrapTest, OtherVersionFailsAll) {
   const int port = FreePort();
   std::thread other_build([&] {
@@ -218,8 +240,8 @@ TEST(TcpBootstrapTest, PassesByForeignListeners) {
   absl::Notification done;
   std::thread talker([&] {
     while (!done.HasBeenNotified()) {
-      for (Fd guest = Accept(*talking); guest.valid(); guest = Accept(*talking)) {
-        SendAll(guest, "220 mail.example.org ESMTP ready when you are\r\n", absl::Now())
+      for (auto guest = Accept(*talking); guest.ok() && guest->valid(); guest = Accept(*talking)) {
+        SendAll(*guest, "220 mail.example.org ESMTP ready when you are\r\n", absl::Now())
             .IgnoreError();
       }
       absl::SleepFor(absl::Milliseconds(1));
@@ -227,10 +249,10 @@ TEST(TcpBootstrapTest, PassesByForeignListeners) {
   });
   ExpectAll(CreateAll({Options(0, 2, port), Options(1, 2, port)}), absl::StatusCode::kOk, "");
   // The foreign server was sent nothing.
-  const Fd guest = Accept(*silent);
-  ASSERT_TRUE(guest.valid());
+  const absl::StatusOr<Fd> guest = Accept(*silent);
+  ASSERT_TRUE(guest.ok() && guest->valid());
   char byte;
-  EXPECT_LE(recv(guest.get(), &byte, 1, MSG_DONTWAIT), 0);
+  EXPECT_LE(recv(guest->get(), &byte, 1, MSG_DONTWAIT), 0);
   done.Notify();
   talker.join();
 }
