@@ -60,7 +60,7 @@ absl::Status RunRank() {
   }
   if (absl::Status s = ExpectRankZeroFails((*session)->rank()); !s.ok()) return s;
   if (auto after = CreateMpiBootstrap({absl::Seconds(20)}); !after.ok()) return after.status();
-  // A rank that does not come in time is named, and MPI is not finalised over it.
+  // A timeout must be positive.
   if (auto bad = CreateMpiBootstrap({absl::ZeroDuration()}); bad.ok()) {
     return absl::InternalError("a timeout of 0");
   }
