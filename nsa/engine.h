@@ -158,6 +158,7 @@ struct Gradients {
 struct ForwardBlocks {
   bool is_there = false;  // nothing, when that call has come
   // [N,Hkv*(Dk+Dv)] of the whole sequence: kc [Hkv,Dk] and then vc [Hkv,Dv] in each row.
+  // In the SavedForward of the call, if that keeps them: as long as it lives.
   const void* summaries = nullptr;
   // [Hkv,own select blocks] records of this rank, in the layout of Kernels::PackBlocks.
   const void* records = nullptr;

@@ -43,6 +43,7 @@ struct MpiBootstrapOptions {
 // Collective over MPI_COMM_WORLD, whose ranks are the group's. MPI must be initialised and is not
 // used any more when this returns. One thread of a rank may be in here at a time.
 //   DeadlineExceeded   a rank did not come
+//   Unavailable        rank 0 cannot listen, or a rank died meanwhile: told to all
 //   FailedPrecondition MPI is not initialised
 absl::StatusOr<std::unique_ptr<Bootstrap>> CreateMpiBootstrap(
     const MpiBootstrapOptions& options = {});

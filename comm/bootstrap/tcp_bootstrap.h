@@ -49,6 +49,7 @@ absl::StatusOr<std::string> FreeRendezvousAddress(const std::string& host = "");
 // on loopback alone. Nothing is encrypted and no secret is asked: meant for a cluster's own
 // network.
 //   InvalidArgument     options break a rule, ranks disagree, or a rank comes twice: told to all
+//   FailedPrecondition  ranks run different builds: told to all
 //   DeadlineExceeded    names the ranks that did not come
 //   Unavailable         a rank died meanwhile, or no port is free
 //   ResourceExhausted   rank 0 can open no more connections: told to all
