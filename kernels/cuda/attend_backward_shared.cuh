@@ -110,11 +110,6 @@ constexpr int kConsumerBarrier = 1, kItemBarrier = 2;
 // Among the consumers.
 __device__ __forceinline__ void SyncConsumers() { SyncThreads(kConsumerBarrier, kConsumerThreads); }
 
-// Where in a panel chunk `chunk` of 16 bytes of a row lies.
-__device__ __forceinline__ uint32_t InPanel(int row, int chunk) {
-  return row * 128 + ((chunk ^ row % 8) << 4);
-}
-
 }  // namespace nsa::kernels::cuda::attend_backward
 
 #endif  // KERNELS_CUDA_ATTEND_BACKWARD_SHARED_CUH_

@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/ring.cuh"
 #include "kernels/cuda/selected_backward.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/wgmma.cuh"
@@ -91,18 +92,6 @@ struct TileRows {
         queries_per_tile(kRows / query_rows) {}
   __device__ int32_t NumTiles(const BlockItem& item) const {
     return (item.count + queries_per_tile - 1) / queries_per_tile;
-  }
-};
-
-template <int kCount>
-struct RingPlace {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ void Advance() {
-    if (++slot == kCount) {
-      slot = 0;
-      parity ^= 1;
-    }
   }
 };
 

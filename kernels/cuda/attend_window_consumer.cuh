@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/attend_window_shared.cuh"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/ring.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/wgmma.cuh"
 #include "kernels/cuda/wgmma_values.cuh"

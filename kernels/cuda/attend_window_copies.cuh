@@ -6,7 +6,9 @@
 
 #include "kernels/cuda/attend_window_shared.cuh"
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/ring.cuh"
 #include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/wgmma.cuh"
 #include "kernels/cuda/window_rows.cuh"
 
 namespace nsa::kernels::cuda::attend_window {

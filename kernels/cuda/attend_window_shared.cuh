@@ -52,29 +52,12 @@ struct Shared {
   }
 };
 
-template <int kCount>
-struct RingPlace {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ void Advance() {
-    if (++slot == kCount) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // K and V as the copy engine sees them: [rows][heads][dim], boxes of 64 rows of 64 values.
 struct TensorMaps {
   CUtensorMap keys[2];  // own, halo
   CUtensorMap values[2];
   int32_t are_set;  // 0: the tensors are not such that they can be
 };
-
-// Where in a panel chunk `chunk` of 16 bytes of a row lies.
-__device__ __forceinline__ uint32_t InPanel(int row, int chunk) {
-  return row * 128 + ((chunk ^ row % 8) << 4);
-}
 
 }  // namespace nsa::kernels::cuda::attend_window
 

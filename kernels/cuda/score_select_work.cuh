@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/ring.cuh"
 #include "kernels/cuda/score_select_stages.h"
 #include "kernels/cuda/score_select_tiles.cuh"
 
@@ -84,20 +85,6 @@ __device__ __forceinline__ int32_t UniformWarp() {
 __device__ __forceinline__ void StoreShared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
-
-// A place in a ring of `kSlots` slots and the parity of its current round.
-template <int kSlots>
-struct RingPlace {
-  int32_t slot = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void Advance() {
-    if (++slot == kSlots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // Barriers of a ring: full when a slot can be read, empty when it can be written.
 template <int kSlots>

@@ -18,6 +18,11 @@
 
 namespace nsa::kernels::cuda {
 
+// Where in a panel chunk `chunk` of 16 bytes of a row lies.
+__device__ __forceinline__ uint32_t InPanel(int row, int chunk) {
+  return row * 128 + ((chunk ^ row % 8) << 4);
+}
+
 // Of a panel's first row; + 2 moves on by 16 values of K.
 __device__ __forceinline__ uint64_t WgmmaDescriptor(uint32_t shared_address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
