@@ -7,7 +7,9 @@
 #include <optional>
 #include <utility>
 
+#include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
 #include "comm/errors.h"
 #include "comm/wire.h"
 
@@ -160,22 +162,11 @@ class Server {
       for (const Fd& rank : joined_) entries.push_back({rank.get(), POLLIN, 0});  // -1 is ignored
       if (poll(entries.data(), entries.size(), PollTimeout(meeting_.deadline)) <= 0) continue;
 
-      size_t entry = 1;
-      for (auto guest = guests_.begin(); guest != guests_.end(); ++entry) {
-        if (entries[entry].revents == 0) {
-          ++guest;
-          continue;
-        }
-        const absl::StatusOr<std::optional<Introduction>> hello = Hear(*guest);
-        if (hello.ok() && !hello->has_value()) {
-          ++guest;
-          continue;
-        }
-        if (hello.ok()) {
-          if (absl::Status s = Admit(**hello, std::move(guest->socket)); !s.ok()) return s;
-        }
-        guest = guests_.erase(guest);
-      }
+      size_t entry = 1 + guests_.size();
+      const absl::Status heard = HearGuests(entries, [this](const Introduction& hello, Fd guest) {
+        return Admit(hello, std::move(guest));
+      });
+      if (!heard.ok()) return heard;
       for (int rank = 0; rank < meeting_.world_size; ++rank, ++entry) {
         // A rank that has said hello is silent until its verdict.
         if (entries[entry].revents != 0) return PeerDied(rank, "it left during rendezvous");
@@ -209,25 +200,37 @@ class Server {
       std::vector<pollfd> entries = {{listener.get(), POLLIN, 0}};
       for (const Guest& guest : guests_) entries.push_back({guest.socket.get(), POLLIN, 0});
       if (poll(entries.data(), entries.size(), PollTimeout(end)) <= 0) continue;
-      size_t entry = 1;
-      for (auto guest = guests_.begin(); guest != guests_.end(); ++entry) {
-        if (entries[entry].revents == 0) {
-          ++guest;
-          continue;
-        }
-        const absl::StatusOr<std::optional<Introduction>> hello = Hear(*guest);
-        if (hello.ok() && !hello->has_value()) {
-          ++guest;
-          continue;
-        }
-        if (hello.ok()) {
-          SendAll(guest->socket, verdict, end).IgnoreError();
-          --left;
-        }
-        guest = guests_.erase(guest);
-      }
+      HearGuests(entries, [&](const Introduction&, Fd guest) {
+        SendAll(guest, verdict, end).IgnoreError();
+        --left;
+        return absl::OkStatus();
+      }).IgnoreError();
       Greet(listener).IgnoreError();
     }
+  }
+
+  // Takes what guests have sent, whose `entries` of poll(2) stand behind the listener's. Those that
+  // have said all of their hello go to `arrive`, strangers go.
+  absl::Status HearGuests(
+      absl::Span<const pollfd> entries,
+      absl::FunctionRef<absl::Status(const Introduction& hello, Fd guest)> arrive) {
+    size_t entry = 1;
+    for (auto guest = guests_.begin(); guest != guests_.end(); ++entry) {
+      if (entries[entry].revents == 0) {
+        ++guest;
+        continue;
+      }
+      const absl::StatusOr<std::optional<Introduction>> hello = Hear(*guest);
+      if (hello.ok() && !hello->has_value()) {
+        ++guest;
+        continue;
+      }
+      Fd socket = std::move(guest->socket);
+      guest = guests_.erase(guest);
+      if (!hello.ok()) continue;
+      if (absl::Status s = arrive(**hello, std::move(socket)); !s.ok()) return s;
+    }
+    return absl::OkStatus();
   }
 
   // Takes what a guest has sent: nothing to return before its hello is whole. NotFound: it is a
