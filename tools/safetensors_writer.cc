@@ -1,12 +1,12 @@
 #include <fcntl.h>
 #include <stdio.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 
 #include "absl/strings/str_cat.h"
+#include "tools/files/files.h"
 #include "tools/safetensors.h"
 #include "tools/safetensors_header.h"
 
@@ -26,12 +26,7 @@ absl::Status SystemError(int error, absl::string_view call, const std::string& p
 class SafetensorsWriter::TemporaryFile {
  public:
   static absl::StatusOr<std::unique_ptr<TemporaryFile>> Create(const std::string& path) {
-    // Which a rename would replace: a device, for one.
-    struct stat status;
-    if (stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("file ", Quoted(path), ": must be a regular file, or new"));
-    }
+    if (absl::Status s = CheckReplaceable(path); !s.ok()) return s;
     for (int i = 0; i < kMaxNames; ++i) {
       std::string name = absl::StrCat(path, ".tmp.", getpid(), ".", i);
       const int fd = open(name.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);

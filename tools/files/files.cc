@@ -25,14 +25,18 @@ absl::Status MakeFolder(const std::string& path) {
   return error ? SystemError("can't create the folder", path, error.value()) : absl::OkStatus();
 }
 
-absl::Status WriteFile(const std::string& path, absl::string_view contents) {
-  // Which a rename would replace: a device, for one.
+absl::Status CheckReplaceable(const std::string& path) {
   std::error_code unknown;
   const std::filesystem::file_status status = std::filesystem::status(path, unknown);
-  if (std::filesystem::exists(status) && !std::filesystem::is_regular_file(status)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("can't write \"", path, "\": must be a regular file, or new"));
+  if (!std::filesystem::exists(status) || std::filesystem::is_regular_file(status)) {
+    return absl::OkStatus();
   }
+  return absl::InvalidArgumentError(
+      absl::StrCat("can't write \"", path, "\": must be a regular file, or new"));
+}
+
+absl::Status WriteFile(const std::string& path, absl::string_view contents) {
+  if (absl::Status s = CheckReplaceable(path); !s.ok()) return s;
   // Unique to the process: ranks of one host may write beside each other.
   const std::string temporary = absl::StrCat(path, ".", getpid(), ".tmp");
   std::FILE* file = std::fopen(temporary.c_str(), "wb");
