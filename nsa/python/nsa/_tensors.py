@@ -93,9 +93,8 @@ class Structs:
 
     MAX_KEPT = 64
 
-    def __init__(self, struct_type, names, device_index, is_written=False, unused=()):
+    def __init__(self, struct_type, names, device_index, is_written=False):
         self._type = struct_type
-        self._unused = unused  # names, of which tensors must be None
         self._is_written = is_written  # by the library
         self._names = names
         self._device_index = device_index
@@ -130,8 +129,6 @@ class Structs:
         for i, place in enumerate(places):
             if tensors[place] is not None:
                 name = self._names[i]
-                if name in self._unused:
-                    raise ValueError(f"{name}: must be left out, as the compressor has none")
                 struct.tensors[i] = view(name, tensors[place], self._device_index, self._is_written)
                 views.setdefault(place, (name, []))[1].append(struct.tensors[i])
         return struct, list(views.items())

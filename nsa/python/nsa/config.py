@@ -6,14 +6,7 @@ import dataclasses
 from nsa import _library
 from nsa._library import check, lib
 
-# With the parameters of each.
-_PARAMS = {
-    "mean": (),
-    "weighted": ("weight", "pe"),
-    "linear": ("w", "pe"),
-    "mlp": ("w1", "b1", "w2", "b2", "pe"),
-}
-COMPRESSORS = tuple(_PARAMS)
+COMPRESSORS = ("mean", "weighted", "linear", "mlp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +45,6 @@ class Config:
         fields["compressor"] = COMPRESSORS[struct.compressor]
         fields["softmax_scale"] = struct.softmax_scale or None
         return cls(**fields)
-
-    def unused_inputs(self) -> set[str]:
-        """Of _library.INPUTS: parameters of other compressors."""
-        used = _PARAMS[self.compressor]
-        return {name for name in _library.INPUTS[8:] if name.partition(".")[2] not in used}
 
     def c_struct(self) -> _library.Config:
         fields = dataclasses.asdict(self)

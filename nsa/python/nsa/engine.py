@@ -183,12 +183,7 @@ class Engine:
         check(lib.nsa_engine_saved_bytes(self.handle, save_options, ctypes.byref(count)))
         self.saved_bytes = count.value  # what a forward leaves for its backward
         self._saved_in = {}  # SavedForward by address
-        self._inputs = Structs(
-            _library.ForwardInputs,
-            _library.INPUTS,
-            self.device_index,
-            unused=config.unused_inputs(),
-        )
+        self._inputs = Structs(_library.ForwardInputs, _library.INPUTS, self.device_index)
         self._outputs = Structs(_library.ForwardOutputs, _library.OUTPUTS, self.device_index, True)
         self._d_o = Structs(_library.OneTensor, ("d_o",), self.device_index)
         names = tuple(f"d{name}" for name in _library.INPUTS)

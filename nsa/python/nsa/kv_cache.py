@@ -59,11 +59,7 @@ class KVCache:
         shares = None if home_shares is None else np.ascontiguousarray(home_shares, np.float64)
         if shares is not None and shares.shape != (group.size,):
             raise ValueError(f"home_shares: has shape {shares.shape}, must be [{group.size}]")
-        unused = config.unused_inputs()
-        structs = Structs(
-            _library.KVCacheOptions, _library.INPUTS[8:], self.device_index, unused=unused
-        )
-        options = structs.fill(
+        options = Structs(_library.KVCacheOptions, _library.INPUTS[8:], self.device_index).fill(
             self._compressors,
             dtype=DTYPES.index(dtype_name(dtype)),
             max_sequences=max_sequences,

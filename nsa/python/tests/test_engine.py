@@ -145,7 +145,7 @@ def test_compressors_that_take_the_mean(group, engine, tensors, compressor):
         learned.forward(**tensors, compress_k={"weights": tensors["q"]})
     with pytest.raises(ValueError, match="compress_k"):
         learned.forward(**tensors)
-    with pytest.raises(ValueError, match="compress_v.pe: must be left out"):
+    with pytest.raises(ValueError, match="compress_v.pe: must be unset"):
         engine.forward(**tensors, compress_v={"pe": np.zeros((1, 32, 128), np.float32)})
 
 
