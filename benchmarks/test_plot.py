@@ -9,12 +9,11 @@ import pytest
 pytest.importorskip("matplotlib")
 
 FOLDER = pathlib.Path(__file__).resolve().parent
-DRAWN = ("*-training-*.json", "*-decode-*.json")
+# Those that figures are kept of. Example 04 draws its own.
+DRAWN = [f for f in FOLDER.glob("results/*.json") if list(f.parent.glob(f"{f.stem}-*.svg"))]
 
 
-@pytest.mark.parametrize(
-    "file", [f for of in DRAWN for f in sorted(FOLDER.glob(f"results/{of}"))], ids=lambda f: f.stem
-)
+@pytest.mark.parametrize("file", sorted(DRAWN), ids=lambda f: f.stem)
 def test_draws(file, tmp_path):
     plot = [sys.executable, FOLDER / "plot.py", file, "--output", tmp_path]
     subprocess.run(plot, check=True, timeout=100, stdout=subprocess.DEVNULL)
